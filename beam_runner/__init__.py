@@ -1,0 +1,1 @@
+"""Runs drjax programs as Apache Beam pipelines. Nothing is here yet."""

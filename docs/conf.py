@@ -1,0 +1,39 @@
+"""Sphinx settings."""
+
+from importlib.metadata import version as installed_version
+
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+
+import drjax
+
+project = "drjax"
+author = "The drjax authors"
+copyright = "2026, The drjax authors"
+release = version = installed_version("drjax")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+# Docstrings put code between single backticks, as Markdown does.
+default_role = "code"
+
+autodoc_typehints_format = "short"
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"drjax {release}"
+
+
+def find_undocumented(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warns of each public name that no page documents."""
+    documented = {name for name, *_ in env.domains["py"].get_objects()}
+    for name in getattr(drjax, "__all__", ()):
+        if f"drjax.{name}" not in documented:
+            logging.getLogger(__name__).warning("drjax.%s is on no page", name)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("env-check-consistency", find_undocumented)

@@ -1,0 +1,33 @@
+"""MapReduce-style machine learning as differentiable JAX primitives.
+
+A program is an ordinary JAX function written with `broadcast`, `map_fn` and the
+`reduce_*` operators. They are JAX primitives: the program compiles to XLA, sharded
+over a mesh, and they stay visible in its jaxpr and in that of every derivative.
+"""
+
+from drjax._operators import (
+    broadcast,
+    map_fn,
+    placement_index,
+    placement_size,
+    reduce_max,
+    reduce_mean,
+    reduce_min,
+    reduce_sum,
+    reduce_weighted_mean,
+)
+from drjax._program import OperatorUndefinedError, program
+
+__all__ = [
+    "OperatorUndefinedError",
+    "broadcast",
+    "map_fn",
+    "placement_index",
+    "placement_size",
+    "program",
+    "reduce_max",
+    "reduce_mean",
+    "reduce_min",
+    "reduce_sum",
+    "reduce_weighted_mean",
+]

@@ -1,0 +1,43 @@
+"""What differs between the supported series of JAX, 0.10 and 0.12."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jax.extend.core import JaxprEqn, Primitive
+from jax.interpreters import partial_eval as pe
+
+# In 0.12 `ClosedJaxpr` is `Jaxpr` itself, its constants leading inputs with values, and
+# type checkers do not see that name.
+if TYPE_CHECKING:
+
+    class ClosedJaxpr:
+        """What type checkers are told of it."""
+
+        jaxpr: Any
+        consts: Any
+        in_avals: list[Any]
+        out_avals: list[Any]
+        effects: Any
+
+        def __init__(self, jaxpr: Any, consts: Any) -> None: ...
+
+else:
+    from jax.extend.core import ClosedJaxpr
+
+
+def register_dce_rule(
+    primitive: Primitive,
+    rule: Callable[[list[bool], JaxprEqn], tuple[list[bool], JaxprEqn | None]],
+) -> None:
+    """Registers a rule `(used_outputs, eqn) -> (used_inputs, eqn or None)`.
+
+    JAX 0.10 calls it like that; 0.12 as `(used_outputs, live_inputs, eqn)`.
+    """
+    pe.dce_rules[primitive] = lambda used_outputs, *rest: rule(used_outputs, rest[-1])
+
+
+def open_consts(closed: Any) -> tuple[ClosedJaxpr, list[Any]]:
+    """Turns the constants of a jaxpr into trailing inputs; returns them beside it."""
+    jaxpr = closed.jaxpr
+    opened = jaxpr.replace(constvars=[], invars=[*jaxpr.invars, *jaxpr.constvars])
+    return ClosedJaxpr(opened, ()), list(closed.consts)

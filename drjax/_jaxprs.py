@@ -1,0 +1,100 @@
+"""Small tools for jaxprs and for lists picked by flags."""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Var
+from jax.interpreters import partial_eval as pe
+
+from drjax import _compat, _mesh
+from drjax._compat import ClosedJaxpr
+
+
+def trace(
+    fn: Callable[..., Any], avals: Sequence[Any]
+) -> tuple[ClosedJaxpr, list[Any]]:
+    """Traces to a jaxpr without constants, and what it closed over.
+
+    The latter, arrays or outer tracers, become its trailing inputs.
+    """
+    return _compat.open_consts(jax.make_jaxpr(fn)(*map(struct, avals)))
+
+
+def struct(aval: Any) -> jax.ShapeDtypeStruct:
+    """What `jax.make_jaxpr` takes in place of a value of this type."""
+    explicit = _mesh.is_explicit(aval.sharding.mesh)
+    return jax.ShapeDtypeStruct(
+        aval.shape,
+        aval.dtype,
+        weak_type=aval.weak_type,
+        sharding=aval.sharding if explicit else None,
+    )
+
+
+def dce(
+    jaxpr: ClosedJaxpr, used: Iterable[bool], *, keep_inputs: bool = False
+) -> tuple[ClosedJaxpr, list[bool]]:
+    """Drops outputs, and inputs that nothing uses then; says which inputs are used."""
+    opened, used_inputs = pe.dce_jaxpr(jaxpr.jaxpr, list(used), keep_inputs)[:2]
+    return ClosedJaxpr(opened, ()), used_inputs
+
+
+def reached(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> set[Var]:
+    """The variables that depend on the flagged inputs or on an effect."""
+    variables = set(pick(jaxpr.jaxpr.invars, inputs))
+    for eqn in jaxpr.jaxpr.eqns:
+        if eqn.effects or any(is_in(v, variables) for v in eqn.invars):
+            variables.update(eqn.outvars)
+    return variables
+
+
+def outputs_reached(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs depend on the flagged inputs or on an effect."""
+    variables = reached(jaxpr, inputs)
+    return [is_in(v, variables) for v in jaxpr.jaxpr.outvars]
+
+
+def is_in(atom: Any, variables: Any) -> bool:
+    """Membership that a literal, which has no hash, may be asked for."""
+    return isinstance(atom, Var) and atom in variables
+
+
+def cached_by_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Caches `fn(jaxpr, *hashable)` for as long as the jaxpr lives, and no longer."""
+    cache: weakref.WeakKeyDictionary[ClosedJaxpr, dict[Any, Any]]
+    cache = weakref.WeakKeyDictionary()
+
+    @functools.wraps(fn)
+    def cached(jaxpr: ClosedJaxpr, *key: Any) -> Any:
+        of_jaxpr = cache.setdefault(jaxpr, {})
+        if key not in of_jaxpr:
+            of_jaxpr[key] = fn(jaxpr, *key)
+        return of_jaxpr[key]
+
+    return cached
+
+
+def pick(values: Iterable[Any], flags: Iterable[bool]) -> list[Any]:
+    """The values whose flag is set."""
+    return [v for v, flag in zip(values, flags, strict=True) if flag]
+
+
+def drop(values: Iterable[Any], flags: Iterable[bool]) -> list[Any]:
+    """The values whose flag is not set."""
+    return [v for v, flag in zip(values, flags, strict=True) if not flag]
+
+
+def merge(
+    flags: Iterable[bool], if_true: Iterable[Any], if_false: Iterable[Any]
+) -> list[Any]:
+    """The inverse of `pick` and `drop`: takes the next value of one or the other."""
+    true, false = iter(if_true), iter(if_false)
+    return [next(true) if flag else next(false) for flag in flags]
+
+
+def where(flags: Iterable[bool]) -> list[int]:
+    """The positions of the flags that are set."""
+    return [i for i, flag in enumerate(flags) if flag]

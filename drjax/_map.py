@@ -1,0 +1,279 @@
+"""map_p: a per-element function applied at a placement. Its type, value and batching.
+
+    map[body](placed and shared operands) -> placed or summed results
+
+`body` is the function of one element, a jaxpr without constants. A placed operand is
+`[n, ...]`, and element `i` gets its row `i`; a shared operand, which is what the mapped
+function closed over, goes to every element whole. A placed result is `[n, ...]`; a
+summed result, which derivatives have, is the sum of what the elements return.
+
+Every rule keeps the meaning per element; the derivatives are in `_map_derivatives.py`.
+How it is compiled is free: shared operands stay unmapped under vmap, and a map may
+carry another form of itself, see `Bulk`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import eval_context
+from jax.extend.core import (
+    Primitive,
+    get_opaque_trace_state,
+    jaxpr_as_fun,
+    mapped_aval,
+)
+from jax.interpreters import batching, mlir
+
+from drjax import _compat, _mesh
+from drjax._compat import ClosedJaxpr
+from drjax._jaxprs import dce, drop, merge, pick, trace, where
+
+map_p = Primitive("drjax_map")
+map_p.multiple_results = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bulk:
+    """Some results of a map as a jaxpr over whole `[n, ...]` arrays.
+
+    Only evaluation reads it; `body` alone says what the map means. The transpose of a
+    map has one, since the sum of n per-element cotangents of a shared matrix is n outer
+    products and a sum, where the transpose of the vmapped body contracts at once.
+    """
+
+    jaxpr: ClosedJaxpr
+    operands: tuple[int, ...]  # The map's operands that are the jaxpr's inputs.
+    results: tuple[int, ...]  # The map's results that are the jaxpr's outputs.
+
+    def __repr__(self) -> str:  # Keeps a printed jaxpr readable.
+        return f"<{len(self.results)} results>"
+
+    def restrict(
+        self, results: Sequence[int], operands: Sequence[int]
+    ) -> "Bulk | None":
+        """The form for a map of which only some results and operands are left.
+
+        None if that needs an operand which is gone, or computes nothing.
+        """
+        kept = [r in results for r in self.results]
+        jaxpr, used = dce(self.jaxpr, kept)
+        needed = pick(self.operands, used)
+        if not any(kept) or not set(needed) <= set(operands):
+            return None
+        return Bulk(
+            jaxpr,
+            tuple(operands.index(i) for i in needed),
+            tuple(results.index(r) for r in pick(self.results, kept)),
+        )
+
+
+def bind(
+    operands: Sequence[Any],
+    consts: Sequence[Any],
+    *,
+    in_placed: Sequence[bool],
+    out_placed: Sequence[bool],
+    **params: Any,
+) -> list[Any]:
+    """Binds `map_p`; `consts`, what tracing the body closed over, are shared."""
+    return map_p.bind(
+        *operands,
+        *consts,
+        in_placed=(*in_placed, *(False for _ in consts)),
+        out_placed=tuple(out_placed),
+        **params,
+    )
+
+
+#
+# Value and type.
+#
+def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk):
+    shard = functools.partial(_mesh.shard_placed, placement=placement, mesh=mesh)
+    args = [shard(x) if p else x for x, p in zip(args, in_placed, strict=True)]
+    in_bulk = [i in bulk.results if bulk else False for i in range(len(out_placed))]
+    outs = []
+    with jax.named_scope(name):
+        if bulk is not None:
+            computed = jaxpr_as_fun(bulk.jaxpr)(*(args[i] for i in bulk.operands))
+            outs = [out for _, out in sorted(zip(bulk.results, computed, strict=True))]
+        if not all(in_bulk) or body.effects:
+            rest, _ = dce(body, [not b for b in in_bulk], keep_inputs=True)
+            run = vmapped(
+                rest, in_placed, drop(out_placed, in_bulk), placement, n, mesh
+            )
+            outs = merge(in_bulk, outs, run(*args))
+    return [shard(x) if p else x for x, p in zip(outs, out_placed, strict=True)]
+
+
+def vmapped(body, in_placed, out_placed, placement, n, mesh):
+    """The body applied to all elements: vmap, and a sum for each summed result."""
+    mapped = _vmap(jaxpr_as_fun(body), in_placed, placement, n, mesh)
+
+    def run(*args):
+        return [
+            out if placed else jnp.sum(out, axis=0, dtype=out.dtype)
+            for out, placed in zip(mapped(*args), out_placed, strict=True)
+        ]
+
+    return run
+
+
+def _vmap(fn, in_placed, placement, n, mesh):
+    in_axes = tuple(0 if placed else None for placed in in_placed)
+    automatic = mesh is not None and not _mesh.is_explicit(mesh)
+    spmd_axis_name = placement if automatic else None
+    return jax.vmap(fn, in_axes, axis_size=n, spmd_axis_name=spmd_axis_name)
+
+
+def is_eager() -> bool:
+    """Whether operations run at once, under no transformation at all."""
+    return get_opaque_trace_state() == _EAGER
+
+
+with eval_context():
+    _EAGER = get_opaque_trace_state()
+
+
+def run_eagerly(fn, args, *, placement, n, mesh):
+    """Applies a function to all elements of placed pytrees, without a jaxpr."""
+    shard = functools.partial(_mesh.shard_placed, placement=placement, mesh=mesh)
+    mapped = _vmap(fn, [True] * len(args), placement, n, mesh)
+    return jax.tree.map(shard, mapped(*jax.tree.map(shard, args)))
+
+
+def abstract_eval(*_, body, out_placed, placement, n, mesh, **__):
+    """Types of the results, and effects."""
+    avals = [
+        _mesh.placed_aval(aval, placement, n, mesh) if placed else aval
+        for aval, placed in zip(body.out_avals, out_placed, strict=True)
+    ]
+    return avals, body.effects
+
+
+# Eagerly, in jax.grad without jax.jit say, the body's operations run one by one, as
+# under a plain vmap. A jit of the whole would compile anew at each call, since each
+# call traces a new body.
+map_p.def_impl(_run)
+map_p.def_effectful_abstract_eval(abstract_eval)
+mlir.register_lowering(map_p, mlir.lower_fun(_run, multiple_results=True))
+
+
+#
+# Batching: vmap adds an axis to the elements, which stands behind the placement's.
+#
+def _batch(axis_data, args, dims, *, body, in_placed, out_placed, bulk, **params):
+    params |= dict(in_placed=in_placed, out_placed=out_placed)
+    batched = [dim is not None for dim in dims]
+    if not any(batched):
+        outs = map_p.bind(*args, body=body, bulk=bulk, **params)
+        return outs, [None] * len(outs)
+
+    in_axes = [1 if placed else 0 for placed in in_placed]
+    out_axes = [1 if placed else 0 for placed in out_placed]
+    args = [
+        x if dim is None or dim == axis else jnp.moveaxis(x, dim, axis)
+        for x, dim, axis in zip(args, dims, in_axes, strict=True)
+    ]
+    avals = [jax.typeof(x) for x in args]
+    element_avals = [
+        mapped_aval(aval.shape[0], 0, aval) if placed else aval
+        for aval, placed in zip(avals, in_placed, strict=True)
+    ]
+    front = [0] * max(len(in_axes), len(out_axes))
+    new_body, out_batched, consts = _batch_jaxpr(
+        body,
+        axis_data,
+        batched,
+        element_avals,
+        front[: len(args)],
+        front[: len(out_axes)],
+    )
+    new_bulk = None
+    if bulk is not None:
+        jaxpr, bulk_out_batched, bulk_consts = _batch_jaxpr(
+            bulk.jaxpr,
+            axis_data,
+            [batched[i] for i in bulk.operands],
+            [avals[i] for i in bulk.operands],
+            [in_axes[i] for i in bulk.operands],
+            [out_axes[i] for i in bulk.results],
+        )
+        same = bulk_out_batched == [out_batched[i] for i in bulk.results]
+        if same and not bulk_consts:
+            new_bulk = dataclasses.replace(bulk, jaxpr=jaxpr)
+    outs = bind(args, consts, body=new_body, bulk=new_bulk, **params)
+    return outs, [
+        axis if b else None for axis, b in zip(out_axes, out_batched, strict=True)
+    ]
+
+
+def _batch_jaxpr(jaxpr, axis_data, batched, avals, in_axes, out_axes):
+    """The vmap of a jaxpr, which of its outputs are batched, and its consts.
+
+    An output that does not depend on a batched input stays as it is, for jacfwd and
+    hessian rely on it. Under vmap, such an output is no tracer of that vmap.
+    """
+    axes = zip(in_axes, batched, strict=True)
+    in_axes = tuple(axis if b else None for axis, b in axes)
+    out_batched: list[bool] = [False] * len(out_axes)
+    unbatched: list[Any] = []
+
+    def inner(*args):
+        tracer = next(iter(pick(args, batched)))
+        outs = jaxpr_as_fun(jaxpr)(*args)
+        out_batched[:] = [isinstance(out, type(tracer)) for out in outs]
+        unbatched[:] = drop(outs, out_batched)
+        return pick(outs, out_batched)
+
+    def outer(*args):
+        outs = jax.vmap(
+            inner,
+            in_axes,
+            axis_size=axis_data.size,
+            axis_name=axis_data.name,
+            spmd_axis_name=axis_data.spmd_name,
+        )(*args)
+        axes = pick(out_axes, out_batched)
+        moved = [jnp.moveaxis(x, 0, axis) for x, axis in zip(outs, axes, strict=True)]
+        return merge(out_batched, moved, unbatched)
+
+    if not any(batched):
+        return jaxpr, out_batched, []
+    new_jaxpr, consts = trace(outer, avals)
+    return new_jaxpr, out_batched, consts
+
+
+batching.fancy_primitive_batchers[map_p] = _batch
+
+
+#
+# Dead code: unused results, and operands that only they needed.
+#
+def _dce_eqn(used_results, eqn):
+    if not any(used_results) and not eqn.effects:
+        return [False] * len(eqn.invars), None
+    params = eqn.params
+    body, used_operands = dce(params["body"], used_results)
+    bulk = params["bulk"]
+    new_params = dict(
+        params,
+        body=body,
+        in_placed=tuple(pick(params["in_placed"], used_operands)),
+        out_placed=tuple(pick(params["out_placed"], used_results)),
+        bulk=bulk and bulk.restrict(where(used_results), where(used_operands)),
+    )
+    new_eqn = eqn.replace(
+        invars=pick(eqn.invars, used_operands),
+        outvars=pick(eqn.outvars, used_results),
+        params=new_params,
+        effects=body.effects,
+    )
+    return list(used_operands), new_eqn
+
+
+_compat.register_dce_rule(map_p, _dce_eqn)

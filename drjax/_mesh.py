@@ -1,0 +1,80 @@
+"""The device mesh: which one an operator uses, and how values are laid out on it.
+
+A placed value `[n, ...]` is sharded over the mesh axis that bears the placement's
+name, if the mesh has one; its other axes are left as they are. The mesh is
+resolved when an operator is bound and carried as a parameter of the primitive, so
+that it is never hidden from jit.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.extend
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from drjax._program import Placement
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+def resolve(operator_name: str, mesh: Mesh | None, placement: Placement) -> Mesh | None:
+    """The mesh to shard a placed value over; None where nothing is to be sharded."""
+    if mesh is None and placement.use_abstract_mesh:
+        mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return None
+    name = placement.name
+    axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if AxisType.Auto in mesh.axis_types and AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"drjax.{operator_name} over {name!r}: the mesh mixes Auto and Explicit "
+            f"axes ({axis_types}); make them all one or the other."
+        )
+    if name not in axis_types:
+        if AxisType.Explicit in mesh.axis_types:
+            raise ValueError(
+                f"drjax.{operator_name} over {name!r}: the mesh with explicit axes "
+                f"{mesh.axis_names} has no axis {name!r}. Add one (of size 1 if the "
+                "placement is not to be split), or make the axes Auto."
+            )
+        return None
+    if axis_types[name] == AxisType.Manual:  # Inside a shard_map over the placement.
+        return None
+    if placement.size % mesh.shape[name]:
+        raise ValueError(
+            f"drjax.{operator_name} over {name!r}: the mesh axis {name!r} of size "
+            f"{mesh.shape[name]} does not divide the placement's size "
+            f"{placement.size}. Choose a placement that is a multiple of it."
+        )
+    return mesh
+
+
+def is_explicit(mesh: Mesh | None) -> bool:
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def shard_placed(x: Any, placement: str, mesh: Mesh | None) -> Any:
+    """Shards axis 0 of one array over the placement, and leaves the others alone."""
+    return x if mesh is None else _shard_placed(x, placement, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("placement", "mesh"), inline=True)
+def _shard_placed(x: Any, placement: str, mesh: Mesh) -> Any:
+    if is_explicit(mesh):
+        spec = jax.typeof(x).sharding.spec
+        return jax.sharding.reshard(x, NamedSharding(mesh, P(placement, *spec[1:])))
+    spec = P(placement, *[P.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def placed_aval(element: Any, placement: str, n: int, mesh: Mesh | None) -> Any:
+    """The type of a placed value, given that of one element."""
+    axis = placement if is_explicit(mesh) else None
+    if axis is not None and element.sharding.mesh.empty:
+        abstract = mesh.abstract_mesh if isinstance(mesh, jax.sharding.Mesh) else mesh
+        element = element.update(
+            sharding=NamedSharding(abstract, element.sharding.spec)  # pyright: ignore
+        )
+    return jax.extend.core.unmapped_aval(n, 0, element, axis)

@@ -1,0 +1,590 @@
+"""The operators: what a program is written with.
+
+Each checks its input, so that a mistake is an error that says what to do, and binds
+primitives. Called eagerly, a whole operator is one compiled call; under a trace, the
+`inline=True` leaves just its primitives.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import mapped_aval
+
+from drjax import _map, _mesh, _program
+from drjax import _map_derivatives as _map_derivatives  # Registers map_p's rules.
+from drjax._jaxprs import trace
+from drjax._primitives import (
+    broadcast_p,
+    placement_index_p,
+    placement_size_p,
+    reduce_max_p,
+    reduce_min_p,
+    reduce_sum_p,
+)
+
+_PARAMETERS = ("placement", "n", "mesh")
+_jit = functools.partial(jax.jit, inline=True)
+
+
+def broadcast(
+    x: Any, *, placement: str | None = None, mesh: _mesh.Mesh | None = None
+) -> Any:
+    """Sends a server value to every element of a placement.
+
+    `n` is the size of the placement.
+
+    Args:
+      x: pytree of arrays, each `[...]`.
+      placement: which placement; only needed if the program has several.
+      mesh: the device mesh to shard over; by default the one `jax.set_mesh`
+        installed.
+
+    Returns:
+      Pytree of arrays, each `[n, ...]` with `n` equal rows, dtypes kept, sharded over
+      the mesh axis called like the placement, if there is one.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if the placement is unknown or ambiguous, or does not fit the mesh.
+      TypeError: if a leaf is not an array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def to_clients(x):
+      ...     return drjax.broadcast(x)
+      >>> to_clients(jnp.array([1.0, 2.0])).shape
+      (3, 2)
+
+    References:
+      Rush et al., DrJAX, arXiv:2403.07128.
+    """
+    params = _resolve("broadcast", placement, mesh)
+    x = _arrays("broadcast", x, params["placement"], numeric=False)
+    return _bind_leaves(x, primitive=broadcast_p, **params)
+
+
+def map_fn(
+    fn: Callable[..., Any],
+    arg: Any,
+    *,
+    placement: str | None = None,
+    mesh: _mesh.Mesh | None = None,
+) -> Any:
+    """Applies a function to every element of a placement.
+
+    `fn` may close over server values: they reach every element whole, and `map_fn`
+    differentiates with respect to them. It may run any JAX code. `n` is the size of
+    the placement.
+
+    Args:
+      fn: function of one element: from pytrees of arrays `[...]` to a pytree of
+        arrays `[...]`.
+      arg: placed pytree, its leaves `[n, ...]`. A tuple is unpacked into the
+        arguments of `fn`.
+      placement: which placement; only needed if the program has several.
+      mesh: the device mesh to shard over; by default the one `jax.set_mesh`
+        installed.
+
+    Returns:
+      What `fn` returns, with a leading axis `n` on every leaf, sharded over the mesh
+      axis called like the placement, if there is one.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if a leaf of `arg` has no leading axis of size `n`, or the placement
+        is unknown, ambiguous, or does not fit the mesh.
+      TypeError: if `fn` is not callable, or a leaf is not an array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def products(x, y):
+      ...     return drjax.map_fn(lambda a, b: a * b, (x, y))
+      >>> print(products(jnp.arange(3.0), jnp.arange(3.0)))
+      [0. 1. 4.]
+
+    References:
+      Rush et al., DrJAX, arXiv:2403.07128.
+    """
+    params = _resolve("map_fn", placement, mesh)
+    if not callable(fn):
+        raise TypeError(
+            f"drjax.map_fn over {params['placement']!r}: its first argument is the "
+            f"function to map, but got {fn!r}."
+        )
+    arg = _placed("map_fn", arg, **params)
+    args = arg if isinstance(arg, tuple) else (arg,)
+    if _map.is_eager():
+        # Nobody reads a jaxpr here, so none is traced: a plain vmap does the same.
+        with _program.mapped_scope(params["placement"]):
+            return _map.run_eagerly(fn, args, **params)
+    flat, in_tree = jax.tree.flatten(args)
+
+    out_trees: list[Any] = []
+
+    def flat_fn(*elements: Any) -> list[Any]:
+        out = fn(*jax.tree.unflatten(in_tree, elements))
+        leaves, out_tree = jax.tree.flatten(out)
+        out_trees.append(out_tree)
+        return leaves
+
+    elements = [mapped_aval(params["n"], 0, jax.typeof(x)) for x in flat]
+    with _program.mapped_scope(params["placement"]):
+        body, consts = trace(flat_fn, elements)
+    outs = _map.bind(
+        flat,
+        consts,
+        body=body,
+        in_placed=[True] * len(flat),
+        out_placed=[True] * len(body.out_avals),
+        name=getattr(fn, "__name__", type(fn).__name__),
+        bulk=None,
+        **params,
+    )
+    return jax.tree.unflatten(out_trees[-1], outs)
+
+
+def reduce_sum(
+    x: Any, *, placement: str | None = None, mesh: _mesh.Mesh | None = None
+) -> Any:
+    """Sums a placed value over its placement.
+
+    `n` is the size of the placement.
+
+    Args:
+      x: placed pytree, its leaves `[n, ...]`.
+      placement: which placement; only needed if the program has several.
+      mesh: the device mesh that `x` is sharded over; by default the one
+        `jax.set_mesh` installed.
+
+    Returns:
+      Pytree of arrays, each `[...]`, dtypes as `jnp.sum` gives them.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if a leaf has no leading axis of size `n`, or the placement is
+        unknown, ambiguous, or does not fit the mesh.
+      TypeError: if a leaf is not an array of numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def total(x):
+      ...     return drjax.reduce_sum(x)
+      >>> print(total({"count": jnp.array([1, 2, 3])}))
+      {'count': Array(6, dtype=int32)}
+
+    References:
+      Rush et al., DrJAX, arXiv:2403.07128.
+    """
+    params = _resolve("reduce_sum", placement, mesh)
+    return _reduce_sum(_placed("reduce_sum", x, numeric=True, **params), **params)
+
+
+def reduce_mean(
+    x: Any, *, placement: str | None = None, mesh: _mesh.Mesh | None = None
+) -> Any:
+    """Averages a placed value over its placement.
+
+    It is `reduce_sum` divided by `placement_size`, so an engine in which elements
+    drop out divides by the number that took part, in derivatives too. Integers and
+    half-precision floats are converted before they are summed, as in `jnp.mean`.
+    `n` is the size of the placement.
+
+    Args:
+      x: placed pytree, its leaves `[n, ...]`.
+      placement: which placement; only needed if the program has several.
+      mesh: the device mesh that `x` is sharded over; by default the one
+        `jax.set_mesh` installed.
+
+    Returns:
+      Pytree of arrays, each `[...]`, dtypes as `jnp.mean` gives them.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if a leaf has no leading axis of size `n`, or the placement is
+        unknown, ambiguous, or does not fit the mesh.
+      TypeError: if a leaf is not an array of numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def average(x):
+      ...     return drjax.reduce_mean(x)
+      >>> print(average(jnp.array([1, 2, 6])))
+      3.0
+
+    References:
+      Rush et al., DrJAX, arXiv:2403.07128.
+    """
+    params = _resolve("reduce_mean", placement, mesh)
+    return _reduce_mean(_placed("reduce_mean", x, numeric=True, **params), **params)
+
+
+def reduce_weighted_mean(
+    x: Any,
+    w: Any,
+    *,
+    default: Any = None,
+    placement: str | None = None,
+    mesh: _mesh.Mesh | None = None,
+) -> Any:
+    """Averages a placed value over its placement, with weights.
+
+    It is two sums, of `w * x` and of `w`. `n` is the size of the placement.
+
+    Args:
+      x: placed pytree, its leaves `[n, ...]`.
+      w: placed weights: an array `[n]` for the whole of `x`, or a pytree that is a
+        prefix of `x`. An element's weight must broadcast to the shape of its value.
+      default: what to return where the total weight is zero: a scalar, or a pytree
+        that is a prefix of `x`. The gradient is zero there. Without it, the result is
+        NaN there, as with `jnp.average`.
+      placement: which placement; only needed if the program has several.
+      mesh: the device mesh that `x` is sharded over; by default the one
+        `jax.set_mesh` installed.
+
+    Returns:
+      Pytree of arrays, each `[...]`, dtypes as `jnp.average` gives them.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if a leaf has no leading axis of size `n`, `w` does not fit `x`, or
+        the placement is unknown, ambiguous, or does not fit the mesh.
+      TypeError: if a leaf is not an array of numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def average(x, examples):
+      ...     return drjax.reduce_weighted_mean(x, examples)
+      >>> print(average(jnp.array([1.0, 2.0, 5.0]), jnp.array([2, 1, 1])))
+      2.25
+
+    References:
+      Rush et al., DrJAX, arXiv:2403.07128.
+    """
+    params = _resolve("reduce_weighted_mean", placement, mesh)
+    x = _placed("reduce_weighted_mean", x, numeric=True, **params)
+    w = _placed("reduce_weighted_mean", w, numeric=True, **params)
+    default_of = None
+    if default is not None:
+        default_of = _as_prefix("default", default, x, params["placement"])
+    _check_weights(_as_prefix("w", w, x, params["placement"]), x, params["placement"])
+    return _reduce_weighted_mean(w, x, default_of, **params)
+
+
+def reduce_max(
+    x: Any, *, placement: str | None = None, mesh: _mesh.Mesh | None = None
+) -> Any:
+    """Takes the elementwise maximum of a placed value over its placement.
+
+    The derivative goes to the elements that attain it, in equal shares, as with
+    `jnp.max`. `n` is the size of the placement.
+
+    Args:
+      x: placed pytree, its leaves `[n, ...]`.
+      placement: which placement; only needed if the program has several.
+      mesh: the device mesh that `x` is sharded over; by default the one
+        `jax.set_mesh` installed.
+
+    Returns:
+      Pytree of arrays, each `[...]`, dtypes kept.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if a leaf has no leading axis of size `n`, or the placement is
+        unknown, ambiguous, or does not fit the mesh.
+      TypeError: if a leaf is not an array of numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def largest(x):
+      ...     return drjax.reduce_max(x)
+      >>> print(largest(jnp.array([1, 5, 2])))
+      5
+    """
+    params = _resolve("reduce_max", placement, mesh)
+    x = _placed("reduce_max", x, numeric=True, **params)
+    return _bind_leaves(x, primitive=reduce_max_p, **params)
+
+
+def reduce_min(
+    x: Any, *, placement: str | None = None, mesh: _mesh.Mesh | None = None
+) -> Any:
+    """Takes the elementwise minimum of a placed value over its placement.
+
+    The derivative goes to the elements that attain it, in equal shares, as with
+    `jnp.min`. `n` is the size of the placement.
+
+    Args:
+      x: placed pytree, its leaves `[n, ...]`.
+      placement: which placement; only needed if the program has several.
+      mesh: the device mesh that `x` is sharded over; by default the one
+        `jax.set_mesh` installed.
+
+    Returns:
+      Pytree of arrays, each `[...]`, dtypes kept.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if a leaf has no leading axis of size `n`, or the placement is
+        unknown, ambiguous, or does not fit the mesh.
+      TypeError: if a leaf is not an array of numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def smallest(x):
+      ...     return drjax.reduce_min(x)
+      >>> print(smallest(jnp.array([1, 5, 2])))
+      1
+    """
+    params = _resolve("reduce_min", placement, mesh)
+    x = _placed("reduce_min", x, numeric=True, **params)
+    return _bind_leaves(x, primitive=reduce_min_p, **params)
+
+
+def placement_size(*, placement: str | None = None) -> jax.Array:
+    """The number of elements `n` at a placement, as a server value.
+
+    A traced constant: an engine in which elements drop out substitutes the number
+    that took part. Where a shape needs it, use the Python number the program was
+    declared with.
+
+    Args:
+      placement: which placement; only needed if the program has several.
+
+    Returns:
+      int32 array `[]`.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if the placement is unknown or ambiguous.
+
+    Example:
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def size():
+      ...     return drjax.placement_size()
+      >>> print(size())
+      3
+    """
+    params = _resolve("placement_size", placement, None)
+    return _bind_constant(primitive=placement_size_p, **params)
+
+
+def placement_index(
+    *, placement: str | None = None, mesh: _mesh.Mesh | None = None
+) -> jax.Array:
+    """Each element's own index at a placement, as a placed value.
+
+    `n` is the size of the placement.
+
+    Args:
+      placement: which placement; only needed if the program has several.
+      mesh: the device mesh to shard over; by default the one `jax.set_mesh`
+        installed.
+
+    Returns:
+      int32 array `[n]`, element `i` holding `i`.
+
+    Raises:
+      OperatorUndefinedError: outside a program.
+      ValueError: if the placement is unknown or ambiguous, or does not fit the mesh.
+
+    Example:
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def index():
+      ...     return drjax.placement_index()
+      >>> print(index())
+      [0 1 2]
+    """
+    params = _resolve("placement_index", placement, mesh)
+    return _bind_constant(primitive=placement_index_p, **params)
+
+
+#
+# What the operators compute, on checked input.
+#
+@functools.partial(_jit, static_argnames=("primitive", *_PARAMETERS))
+def _bind_leaves(tree, *, primitive, **params):
+    return jax.tree.map(lambda x: primitive.bind(x, **params), tree)
+
+
+@functools.partial(_jit, static_argnames=("primitive", *_PARAMETERS))
+def _bind_constant(*, primitive, **params):
+    return primitive.bind(**params)
+
+
+@functools.partial(_jit, static_argnames=_PARAMETERS)
+def _reduce_sum(tree, **params):
+    def leaf_sum(x):
+        return reduce_sum_p.bind(x.astype(_sum_dtype(x.dtype)), **params)
+
+    return jax.tree.map(leaf_sum, tree)
+
+
+@functools.partial(_jit, static_argnames=_PARAMETERS)
+def _reduce_mean(tree, **params):
+    def leaf_mean(x):
+        compute, result = _mean_dtypes(x.dtype)
+        total = reduce_sum_p.bind(x.astype(compute), **params)
+        size = placement_size_p.bind(**params).astype(compute)
+        return (total / size).astype(result)
+
+    return jax.tree.map(leaf_mean, tree)
+
+
+@functools.partial(_jit, static_argnames=_PARAMETERS)
+def _reduce_weighted_mean(w, x, default, **params):
+    def subtree_mean(w, x, default):
+        compute, _ = _mean_dtypes(w.dtype)
+        total = reduce_sum_p.bind(w.astype(compute), **params)
+
+        def leaf_mean(x, default):
+            compute, result = _mean_dtypes(jnp.promote_types(w.dtype, x.dtype))
+            weight = w.reshape(len(w), *[1] * (x.ndim - w.ndim), *w.shape[1:])
+            weighted = weight.astype(compute) * x.astype(compute)
+            weighted_sum = reduce_sum_p.bind(weighted, **params)
+            divisor = total.astype(compute)
+            if default is None:
+                return (weighted_sum / divisor).astype(result)
+            # Dividing by a safe number keeps 0 * nan out of the gradient as well.
+            empty = divisor == 0
+            mean = weighted_sum / jnp.where(empty, 1, divisor)
+            return jnp.where(empty, default, mean).astype(result)
+
+        if default is None:
+            return jax.tree.map(lambda x: leaf_mean(x, None), x)
+        return jax.tree.map(leaf_mean, x, default)
+
+    if default is None:
+        return jax.tree.map(lambda w, x: subtree_mean(w, x, None), w, x)
+    return jax.tree.map(subtree_mean, w, x, default)
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    """The dtype of `jnp.sum`, which widens small integers and bool."""
+    return jax.eval_shape(jnp.sum, jax.ShapeDtypeStruct((1,), dtype)).dtype
+
+
+def _mean_dtypes(dtype: Any) -> tuple[Any, Any]:
+    """The dtype in which to sum for a mean, and that of the mean, as in `jnp.mean`."""
+    result = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
+    small = jnp.issubdtype(result, jnp.floating) and jnp.finfo(result).bits < 32
+    return jnp.dtype("float32") if small else result, result
+
+
+#
+# Checks.
+#
+def _resolve(
+    operator_name: str, placement: str | None, mesh: _mesh.Mesh | None
+) -> dict[str, Any]:
+    """The parameters that every primitive of an operator shares."""
+    found = _program.resolve(operator_name, placement)
+    mesh = _mesh.resolve(operator_name, mesh, found)
+    return dict(placement=found.name, n=found.size, mesh=mesh)
+
+
+def _arrays(operator_name: str, tree: Any, placement: str, *, numeric: bool) -> Any:
+    """Checks that all leaves are arrays or Python numbers."""
+    for leaf in jax.tree.leaves(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if isinstance(dtype, np.dtype) and dtype.kind not in "OSUMm":
+            continue
+        if dtype is None and isinstance(leaf, int | float | complex):
+            continue
+        if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"drjax.{operator_name} over {placement!r}: every leaf must be an "
+                f"array, but {_where(tree, leaf)} is {leaf!r} of type "
+                f"{type(leaf).__name__}. Leave it out, or close over it."
+            )
+        if numeric:
+            raise TypeError(
+                f"drjax.{operator_name} over {placement!r}: {_where(tree, leaf)} has "
+                f"dtype {dtype}, which cannot be reduced. Reduce the numbers that you "
+                "derive from it."
+            )
+    return tree
+
+
+def _placed(
+    operator_name: str,
+    tree: Any,
+    *,
+    placement: str,
+    n: int,
+    mesh: _mesh.Mesh | None,
+    numeric: bool = False,
+) -> Any:
+    """Checks that all leaves are arrays with a leading axis `n`."""
+    del mesh
+    _arrays(operator_name, tree, placement, numeric=numeric)
+    for leaf in jax.tree.leaves(tree):
+        shape = np.shape(leaf)
+        if not shape or shape[0] != n:
+            raise ValueError(
+                f"drjax.{operator_name} over {placement!r}: every leaf needs leading "
+                f"axis {n}, but {_where(tree, leaf)} has shape {shape}. If it is a "
+                "server value, broadcast it first, or close over it; if it is placed, "
+                f"the program is declared with the wrong size {n}."
+            )
+    return tree
+
+
+def _where(tree: Any, leaf: Any) -> str:
+    """Names a leaf by its path in the tree."""
+    if leaf is tree:
+        return "the argument"
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    path = next(path for path, other in paths if other is leaf)
+    return f"leaf {jax.tree_util.keystr(path)}"
+
+
+def _as_prefix(name: str, prefix: Any, x: Any, placement: str) -> Any:
+    """Repeats the leaves of a prefix of `x` until it has the structure of `x`."""
+    try:
+        return jax.tree.broadcast(prefix, x)
+    except ValueError as error:
+        raise ValueError(
+            f"drjax.reduce_weighted_mean over {placement!r}: {name!r} must be one "
+            f"array, or a pytree that is a prefix of the values, but it has structure "
+            f"{jax.tree.structure(prefix)} and the values {jax.tree.structure(x)}."
+        ) from error
+
+
+def _check_weights(w: Any, x: Any, placement: str) -> None:
+    """Checks that each element's weight broadcasts to the shape of its value."""
+    weights = jax.tree.leaves(w)
+    leaves = jax.tree_util.tree_leaves_with_path(x)
+    for weight, (path, value) in zip(weights, leaves, strict=True):
+        weight_shape, shape = jnp.shape(weight)[1:], jnp.shape(value)[1:]
+        try:
+            fits = np.broadcast_shapes(weight_shape, shape) == shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"drjax.reduce_weighted_mean over {placement!r}: the weights of leaf "
+                f"{jax.tree_util.keystr(path) or 'x'} have shape {jnp.shape(weight)}, "
+                f"which does not broadcast to its shape {jnp.shape(value)} element by "
+                "element. One weight per element has shape "
+                f"{jnp.shape(value)[:1]}."
+            )

@@ -1,0 +1,1 @@
+"""Federated learning in rounds of clients, written with drjax. Nothing is here yet."""
