@@ -1,8 +1,10 @@
 """What differs between the supported series of JAX, 0.10 and 0.12."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import partial_eval as pe
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 else:
     from jax.extend.core import ClosedJaxpr
+
+
+# A jit that leaves no trace of itself in an outer jaxpr.
+_INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+inlined_jit = functools.partial(jax.jit, inline=_INLINE)
 
 
 def register_dce_rule(

@@ -14,6 +14,7 @@ import jax.extend
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from drjax import _compat
 from drjax._program import Placement
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -60,7 +61,7 @@ def shard_placed(x: Any, placement: str, mesh: Mesh | None) -> Any:
     return x if mesh is None else _shard_placed(x, placement, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("placement", "mesh"), inline=True)
+@functools.partial(_compat.inlined_jit, static_argnames=("placement", "mesh"))
 def _shard_placed(x: Any, placement: str, mesh: Mesh) -> Any:
     if is_explicit(mesh):
         spec = jax.typeof(x).sharding.spec

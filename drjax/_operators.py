@@ -1,8 +1,8 @@
 """The operators: what a program is written with.
 
 Each checks its input, so that a mistake is an error that says what to do, and binds
-primitives. Called eagerly, a whole operator is one compiled call; under a trace, the
-`inline=True` leaves just its primitives.
+primitives. Called eagerly, a whole operator is one compiled call; under a trace, just
+its primitives are left.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import mapped_aval
 
-from drjax import _map, _mesh, _program
+from drjax import _compat, _map, _mesh, _program
 from drjax import _map_derivatives as _map_derivatives  # Registers map_p's rules.
 from drjax._jaxprs import trace
 from drjax._primitives import (
@@ -27,7 +27,6 @@ from drjax._primitives import (
 )
 
 _PARAMETERS = ("placement", "n", "mesh")
-_jit = functools.partial(jax.jit, inline=True)
 
 
 def broadcast(
@@ -277,11 +276,17 @@ def reduce_weighted_mean(
     params = _resolve("reduce_weighted_mean", placement, mesh)
     x = _placed("reduce_weighted_mean", x, numeric=True, **params)
     w = _placed("reduce_weighted_mean", w, numeric=True, **params)
-    default_of = None
+    xs, tree = jax.tree.flatten(x)
+    weight_leaves = _prefix_leaves("w", w, x, params["placement"])
+    _check_weights(weight_leaves, x, params["placement"])
+    weights = list({id(leaf): leaf for leaf in weight_leaves}.values())
+    ids = [id(leaf) for leaf in weights]
+    defaults = [None] * len(xs)
     if default is not None:
-        default_of = _as_prefix("default", default, x, params["placement"])
-    _check_weights(_as_prefix("w", w, x, params["placement"]), x, params["placement"])
-    return _reduce_weighted_mean(w, x, default_of, **params)
+        defaults = _prefix_leaves("default", default, x, params["placement"])
+    weight_of = tuple(ids.index(id(leaf)) for leaf in weight_leaves)
+    means = _reduce_weighted_mean(xs, weights, weight_of, defaults, **params)
+    return jax.tree.unflatten(tree, means)
 
 
 def reduce_max(
@@ -421,17 +426,17 @@ def placement_index(
 #
 # What the operators compute, on checked input.
 #
-@functools.partial(_jit, static_argnames=("primitive", *_PARAMETERS))
+@functools.partial(_compat.inlined_jit, static_argnames=("primitive", *_PARAMETERS))
 def _bind_leaves(tree, *, primitive, **params):
     return jax.tree.map(lambda x: primitive.bind(x, **params), tree)
 
 
-@functools.partial(_jit, static_argnames=("primitive", *_PARAMETERS))
+@functools.partial(_compat.inlined_jit, static_argnames=("primitive", *_PARAMETERS))
 def _bind_constant(*, primitive, **params):
     return primitive.bind(**params)
 
 
-@functools.partial(_jit, static_argnames=_PARAMETERS)
+@functools.partial(_compat.inlined_jit, static_argnames=_PARAMETERS)
 def _reduce_sum(tree, **params):
     def leaf_sum(x):
         return reduce_sum_p.bind(x.astype(_sum_dtype(x.dtype)), **params)
@@ -439,7 +444,7 @@ def _reduce_sum(tree, **params):
     return jax.tree.map(leaf_sum, tree)
 
 
-@functools.partial(_jit, static_argnames=_PARAMETERS)
+@functools.partial(_compat.inlined_jit, static_argnames=_PARAMETERS)
 def _reduce_mean(tree, **params):
     def leaf_mean(x):
         compute, result = _mean_dtypes(x.dtype)
@@ -450,32 +455,31 @@ def _reduce_mean(tree, **params):
     return jax.tree.map(leaf_mean, tree)
 
 
-@functools.partial(_jit, static_argnames=_PARAMETERS)
-def _reduce_weighted_mean(w, x, default, **params):
-    def subtree_mean(w, x, default):
+@functools.partial(_compat.inlined_jit, static_argnames=("weight_of", *_PARAMETERS))
+def _reduce_weighted_mean(xs, weights, weight_of, defaults, **params):
+    """Means of the arrays `xs`; array `i` has weights `weights[weight_of[i]]`."""
+
+    def total(w):
         compute, _ = _mean_dtypes(w.dtype)
-        total = reduce_sum_p.bind(w.astype(compute), **params)
+        return reduce_sum_p.bind(w.astype(compute), **params)
 
-        def leaf_mean(x, default):
-            compute, result = _mean_dtypes(jnp.promote_types(w.dtype, x.dtype))
-            weight = w.reshape(len(w), *[1] * (x.ndim - w.ndim), *w.shape[1:])
-            weighted = weight.astype(compute) * x.astype(compute)
-            weighted_sum = reduce_sum_p.bind(weighted, **params)
-            divisor = total.astype(compute)
-            if default is None:
-                return (weighted_sum / divisor).astype(result)
-            # Dividing by a safe number keeps 0 * nan out of the gradient as well.
-            empty = divisor == 0
-            mean = weighted_sum / jnp.where(empty, 1, divisor)
-            return jnp.where(empty, default, mean).astype(result)
-
+    def mean(x, w, total, default):
+        compute, result = _mean_dtypes(jnp.promote_types(w.dtype, x.dtype))
+        # One element's weight broadcasts against its value, so from the right.
+        w = w.reshape(w.shape[0], *[1] * (x.ndim - w.ndim), *w.shape[1:])
+        weighted = reduce_sum_p.bind(w.astype(compute) * x.astype(compute), **params)
+        total = total.astype(compute)
         if default is None:
-            return jax.tree.map(lambda x: leaf_mean(x, None), x)
-        return jax.tree.map(leaf_mean, x, default)
+            return (weighted / total).astype(result)
+        # Dividing by a safe number keeps 0 * nan out of the gradient as well.
+        mean = weighted / jnp.where(total == 0, 1, total)
+        return jnp.where(total == 0, default, mean).astype(result)
 
-    if default is None:
-        return jax.tree.map(lambda w, x: subtree_mean(w, x, None), w, x)
-    return jax.tree.map(subtree_mean, w, x, default)
+    totals = [total(w) for w in weights]
+    return [
+        mean(x, weights[i], totals[i], default)
+        for x, i, default in zip(xs, weight_of, defaults, strict=True)
+    ]
 
 
 def _sum_dtype(dtype: Any) -> Any:
@@ -558,10 +562,10 @@ def _where(tree: Any, leaf: Any) -> str:
     return f"leaf {jax.tree_util.keystr(path)}"
 
 
-def _as_prefix(name: str, prefix: Any, x: Any, placement: str) -> Any:
-    """Repeats the leaves of a prefix of `x` until it has the structure of `x`."""
+def _prefix_leaves(name: str, prefix: Any, x: Any, placement: str) -> list[Any]:
+    """For each leaf of `x`, the leaf of `prefix` that stands for it."""
     try:
-        return jax.tree.broadcast(prefix, x)
+        return jax.tree.leaves(jax.tree.broadcast(prefix, x))
     except ValueError as error:
         raise ValueError(
             f"drjax.reduce_weighted_mean over {placement!r}: {name!r} must be one "
@@ -570,12 +574,11 @@ def _as_prefix(name: str, prefix: Any, x: Any, placement: str) -> Any:
         ) from error
 
 
-def _check_weights(w: Any, x: Any, placement: str) -> None:
+def _check_weights(weight_leaves: list[Any], x: Any, placement: str) -> None:
     """Checks that each element's weight broadcasts to the shape of its value."""
-    weights = jax.tree.leaves(w)
     leaves = jax.tree_util.tree_leaves_with_path(x)
-    for weight, (path, value) in zip(weights, leaves, strict=True):
-        weight_shape, shape = jnp.shape(weight)[1:], jnp.shape(value)[1:]
+    for weight, (path, value) in zip(weight_leaves, leaves, strict=True):
+        weight_shape, shape = np.shape(weight)[1:], np.shape(value)[1:]
         try:
             fits = np.broadcast_shapes(weight_shape, shape) == shape
         except ValueError:
@@ -583,8 +586,8 @@ def _check_weights(w: Any, x: Any, placement: str) -> None:
         if not fits:
             raise ValueError(
                 f"drjax.reduce_weighted_mean over {placement!r}: the weights of leaf "
-                f"{jax.tree_util.keystr(path) or 'x'} have shape {jnp.shape(weight)}, "
-                f"which does not broadcast to its shape {jnp.shape(value)} element by "
+                f"{jax.tree_util.keystr(path) or 'x'} have shape {np.shape(weight)}, "
+                f"which does not broadcast to its shape {np.shape(value)} element by "
                 "element. One weight per element has shape "
-                f"{jnp.shape(value)[:1]}."
+                f"{np.shape(value)[:1]}."
             )
