@@ -28,8 +28,10 @@ else:
 
 
 # A jit that leaves no trace of itself in an outer jaxpr.
-_INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
-inlined_jit = functools.partial(jax.jit, inline=_INLINE)
+_inline: Any = getattr(jax, "Inline", None)
+inlined_jit = functools.partial(
+    jax.jit, inline=_inline.JAX_EARLY if _inline is not None else True
+)
 
 
 def register_dce_rule(

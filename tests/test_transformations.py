@@ -1,0 +1,194 @@
+"""Every program, under every transformation, equals plain JAX under the same one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from programs import PROGRAMS, Program
+
+FORWARD = [p for p in PROGRAMS if p.forward]
+REVERSE = [p for p in PROGRAMS if p.reverse]
+SECOND = [p for p in PROGRAMS if p.second]
+
+
+def is_float(x) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def of_floats(fn, args):
+    """A function of the inexact leaves of its arguments, to its inexact results."""
+    leaves, tree = jax.tree.flatten(args)
+    floats = [is_float(x) for x in leaves]
+
+    def flat(*xs):
+        given = iter(xs)
+        full = [next(given) if f else x for f, x in zip(floats, leaves, strict=True)]
+        outs = jax.tree.leaves(fn(*jax.tree.unflatten(tree, full)))
+        return [out for out in outs if is_float(out)]
+
+    return flat, tuple(x for f, x in zip(floats, leaves, strict=True) if f)
+
+
+def like(seed, tree):
+    """Random arrays of the same types."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    new = [
+        jax.random.normal(k, jnp.shape(x)).astype(jnp.result_type(x))
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, new)
+
+
+def scalar(fn):
+    """A real scalar of a function's results that treats each entry differently."""
+
+    def summed(*xs):
+        outs = fn(*xs)
+        return sum(
+            (
+                jnp.sum((r * out).real)
+                for r, out in zip(like(3, outs), outs, strict=True)
+            ),
+            start=jnp.zeros(()),
+        )
+
+    return summed
+
+
+def gradient(fn, argnums):
+    def grad(*xs):
+        # For a complex x, jax.grad gives the conjugate of what we would compare; any
+        # fixed convention does, for both sides share it.
+        return list(jax.grad(scalar(fn), argnums)(*xs))
+
+    return grad
+
+
+def every(xs):
+    return tuple(range(len(xs)))
+
+
+# Each takes a function of arrays and the arrays.
+TRANSFORMATIONS = {
+    "eager": (PROGRAMS, lambda f, xs: f(*xs)),
+    "jit": (PROGRAMS, lambda f, xs: jax.jit(f)(*xs)),
+    "jvp": (FORWARD, lambda f, xs: jax.jvp(f, xs, like(1, xs))),
+    "eager_gradient": (REVERSE, lambda f, xs: gradient(f, every(xs))(*xs)),
+    "gradient": (REVERSE, lambda f, xs: jax.jit(gradient(jax.jit(f), every(xs)))(*xs)),
+    "gradient_of_first": (REVERSE, lambda f, xs: jax.jit(gradient(f, (0,)))(*xs)),
+    "linearize": (SECOND, lambda f, xs: jax.linearize(f, *xs)[1](*like(1, xs))),
+    "checkpoint": (
+        REVERSE,
+        lambda f, xs: jax.jit(gradient(jax.checkpoint(f), every(xs)))(*xs),
+    ),
+    "checkpoint_all": (
+        REVERSE,
+        lambda f, xs: jax.jit(
+            gradient(
+                jax.checkpoint(f, policy=jax.checkpoint_policies.everything_saveable),
+                every(xs),
+            )
+        )(*xs),
+    ),
+    "hessian_vector": (
+        SECOND,
+        lambda f, xs: jax.jit(
+            lambda *xs: jax.jvp(gradient(f, every(xs)), xs, like(1, xs))
+        )(*xs),
+    ),
+    "gradient_of_gradient": (
+        SECOND,
+        lambda f, xs: jax.jit(gradient(gradient(f, every(xs)), every(xs)))(*xs),
+    ),
+    "jacfwd": (FORWARD, lambda f, xs: jax.jit(jax.jacfwd(f))(*xs)),
+    "jacrev": (
+        [p for p in REVERSE if p.name != "complex_numbers"],
+        lambda f, xs: jax.jit(jax.jacrev(f))(*xs),
+    ),
+    "vmap_of_gradient": (
+        REVERSE,
+        lambda f, xs: jax.jit(jax.vmap(gradient(f, every(xs))))(
+            *(jnp.stack([x, 2 * x]) for x in xs)
+        ),
+    ),
+    "scan": (
+        REVERSE,
+        lambda f, xs: jax.jit(
+            lambda *xs: jax.lax.scan(
+                lambda xs, _: (
+                    tuple(x - 0.1 * g for x, g in zip(xs, gradient(f, every(xs))(*xs))),
+                    None,
+                ),
+                xs,
+                None,
+                length=2,
+            )
+        )(*(jnp.asarray(x) * 1.0 for x in xs)),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name, case",
+    [(name, case) for name, (cases, _) in TRANSFORMATIONS.items() for case in cases],
+    ids=str,
+)
+def test_transformed_program_equals_transformed_plain_function(name, case: Program):
+    _, transform = TRANSFORMATIONS[name]
+    run, xs = of_floats(case.run, case.args)
+    plain, _ = of_floats(case.plain, case.args)
+    assert_close(transform(run, xs), transform(plain, xs))
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_vmap_over_any_argument_and_axis_equals_plain(case: Program):
+    run, xs = of_floats(case.run, case.args)
+    plain, _ = of_floats(case.plain, case.args)
+    for i, x in enumerate(xs):
+        for axis in {0, jnp.ndim(x)}:
+            in_axes = [axis if j == i else None for j in range(len(xs))]
+            batch = [*xs[:i], jnp.stack([x, 2 * x, -x], axis), *xs[i + 1 :]]
+            got, want = (jax.jit(jax.vmap(f, in_axes))(*batch) for f in (run, plain))
+            assert_close(got, want)
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_results_of_any_dtype_equal_plain(case: Program):
+    got, want = case.run(*case.args), case.plain(*case.args)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.result_type(g) == jnp.result_type(w)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_exported_program_gives_the_same(case: Program):
+    run, xs = of_floats(case.run, case.args)
+    exported = jax.export.export(jax.jit(run))(*xs)
+    again = jax.export.deserialize(exported.serialize())
+    assert_close(again.call(*xs), run(*xs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    # The rules of custom_jvp and custom_vjp in the table are wrong on purpose.
+    "case",
+    [p for p in SECOND if "custom" not in p.name and p.name != "complex_numbers"],
+    ids=str,
+)
+def test_derivatives_match_finite_differences_to_second_order(case: Program):
+    with jax.enable_x64(True):
+        args = jax.tree.map(
+            lambda x: jnp.asarray(x, "float64") if is_float(x) else x, case.args
+        )
+        run, xs = of_floats(case.run, args)
+        check_grads(jax.jit(scalar(run)), xs, order=2, modes=("fwd", "rev"), rtol=1e-4)
+
+
+def assert_close(got, want):
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=2e-4, atol=2e-5)
