@@ -42,6 +42,12 @@ def dce(
     return ClosedJaxpr(opened, ()), used_inputs
 
 
+def without_effects(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """Drops the equations that have effects; their outputs must not be used."""
+    eqns = [eqn for eqn in jaxpr.jaxpr.eqns if not eqn.effects]
+    return ClosedJaxpr(jaxpr.jaxpr.replace(eqns=eqns, effects=set()), ())
+
+
 def reached(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> set[Var]:
     """The variables that depend on the flagged inputs or on an effect."""
     variables = set(pick(jaxpr.jaxpr.invars, inputs))

@@ -41,6 +41,7 @@ from drjax._jaxprs import (
     struct,
     trace,
     where,
+    without_effects,
 )
 from drjax._map import Bulk, abstract_eval, bind, map_p, vmapped
 
@@ -171,7 +172,8 @@ def _split(body, unknown_in, in_placed, out_placed) -> _Split:
     ]
     again = [not f and not s for f, s in zip(forwarded, saved, strict=True)]
 
-    recompute, used = dce(everything, [False] * len(outvars) + again)
+    pure = without_effects(everything)  # What is computed again depends on none.
+    recompute, used = dce(pure, [False] * len(outvars) + again)
     forwarded_vars = set(pick(residuals, forwarded))
     forwarded_inputs = [
         i for i, v in enumerate(invars) if v in forwarded_vars or used[i]

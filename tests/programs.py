@@ -14,7 +14,7 @@ from jax import lax
 
 import drjax
 
-N, M = 5, 3  # clients, and pods
+N, M = 5, 6  # clients, and pods
 program = drjax.program(clients=N)
 
 

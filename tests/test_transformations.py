@@ -2,72 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from helpers import assert_close, every, gradient, is_float, like, of_floats, scalar
 from jax.test_util import check_grads
 from programs import PROGRAMS, Program
 
 FORWARD = [p for p in PROGRAMS if p.forward]
 REVERSE = [p for p in PROGRAMS if p.reverse]
 SECOND = [p for p in PROGRAMS if p.second]
-
-
-def is_float(x) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
-def of_floats(fn, args):
-    """A function of the inexact leaves of its arguments, to its inexact results."""
-    leaves, tree = jax.tree.flatten(args)
-    floats = [is_float(x) for x in leaves]
-
-    def flat(*xs):
-        given = iter(xs)
-        full = [next(given) if f else x for f, x in zip(floats, leaves, strict=True)]
-        outs = jax.tree.leaves(fn(*jax.tree.unflatten(tree, full)))
-        return [out for out in outs if is_float(out)]
-
-    return flat, tuple(x for f, x in zip(floats, leaves, strict=True) if f)
-
-
-def like(seed, tree):
-    """Random arrays of the same types."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    new = [
-        jax.random.normal(k, jnp.shape(x)).astype(jnp.result_type(x))
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, new)
-
-
-def scalar(fn):
-    """A real scalar of a function's results that treats each entry differently."""
-
-    def summed(*xs):
-        outs = fn(*xs)
-        return sum(
-            (
-                jnp.sum((r * out).real)
-                for r, out in zip(like(3, outs), outs, strict=True)
-            ),
-            start=jnp.zeros(()),
-        )
-
-    return summed
-
-
-def gradient(fn, argnums):
-    def grad(*xs):
-        # For a complex x, jax.grad gives the conjugate of what we would compare; any
-        # fixed convention does, for both sides share it.
-        return list(jax.grad(scalar(fn), argnums)(*xs))
-
-    return grad
-
-
-def every(xs):
-    return tuple(range(len(xs)))
 
 
 # Each takes a function of arrays and the arrays.
@@ -118,7 +60,10 @@ TRANSFORMATIONS = {
         lambda f, xs: jax.jit(
             lambda *xs: jax.lax.scan(
                 lambda xs, _: (
-                    tuple(x - 0.1 * g for x, g in zip(xs, gradient(f, every(xs))(*xs))),
+                    tuple(
+                        x - 0.1 * g
+                        for x, g in zip(xs, gradient(f, every(xs))(*xs), strict=True)
+                    ),
                     None,
                 ),
                 xs,
@@ -185,10 +130,3 @@ def test_derivatives_match_finite_differences_to_second_order(case: Program):
         )
         run, xs = of_floats(case.run, args)
         check_grads(jax.jit(scalar(run)), xs, order=2, modes=("fwd", "rev"), rtol=1e-4)
-
-
-def assert_close(got, want):
-    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
-    assert len(got) == len(want)
-    for g, w in zip(got, want, strict=True):
-        np.testing.assert_allclose(g, w, rtol=2e-4, atol=2e-5)
