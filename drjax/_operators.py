@@ -65,7 +65,7 @@ def broadcast(
     """
     params = _resolve("broadcast", placement, mesh)
     x = _arrays("broadcast", x, params["placement"], numeric=False)
-    return _bind_leaves(x, primitive=broadcast_p, **params)
+    return _show_mesh(_bind_leaves(x, primitive=broadcast_p, **params), **params)
 
 
 def map_fn(
@@ -147,7 +147,7 @@ def map_fn(
         bulk=None,
         **params,
     )
-    return jax.tree.unflatten(out_trees[-1], outs)
+    return _show_mesh(jax.tree.unflatten(out_trees[-1], outs), **params)
 
 
 def reduce_sum(
@@ -420,7 +420,7 @@ def placement_index(
       [0 1 2]
     """
     params = _resolve("placement_index", placement, mesh)
-    return _bind_constant(primitive=placement_index_p, **params)
+    return _show_mesh(_bind_constant(primitive=placement_index_p, **params), **params)
 
 
 #
@@ -492,6 +492,18 @@ def _mean_dtypes(dtype: Any) -> tuple[Any, Any]:
     result = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
     small = jnp.issubdtype(result, jnp.floating) and jnp.finfo(result).bits < 32
     return jnp.dtype("float32") if small else result, result
+
+
+def _show_mesh(placed: Any, *, placement: str, n: int, mesh: _mesh.Mesh | None) -> Any:
+    """Constrains a placed pytree to a concrete mesh, in sight of `jax.jit`.
+
+    The primitives do so when they are lowered. By then jit has chosen its devices, from
+    its arguments, `jax.set_mesh` and the constraints that it sees.
+    """
+    if not isinstance(mesh, jax.sharding.Mesh):
+        return placed
+    shard = functools.partial(_mesh.shard_placed, placement=placement, mesh=mesh)
+    return jax.tree.map(shard, placed)
 
 
 #
