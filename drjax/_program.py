@@ -29,6 +29,9 @@ class OperatorUndefinedError(RuntimeError):
     """
 
 
+OperatorUndefinedError.__module__ = "drjax"  # As users name it.
+
+
 class Placement(NamedTuple):
     """A placement in scope; the scope is a tuple of these, innermost last."""
 

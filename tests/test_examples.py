@@ -1,0 +1,76 @@
+"""The example runs, learns, and shows what it promises."""
+
+import contextlib
+import io
+import re
+
+import pytest
+
+from examples import digits_fedavg
+
+
+def run_digits(path, rounds):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        digits_fedavg.main([f"--rounds={rounds}", f"--output={path}"])
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def plot(tmp_path_factory):
+    return tmp_path_factory.mktemp("digits") / "plot.png"
+
+
+@pytest.fixture(scope="module")
+def printed(plot):
+    return run_digits(plot, rounds=10)
+
+
+def accuracy(printed):
+    (percentage,) = re.findall(r"^Test accuracy (.*)%;", printed, re.MULTILINE)
+    return float(percentage) / 100
+
+
+def operators(printed, title):
+    """Kind and name of the operators of a jaxpr, as printed under a title."""
+    (section,) = re.findall(rf"^{title}, .*:\n((?:  .*\n)+)", printed, re.MULTILINE)
+    pairs = re.findall(r"^  (\w+) +(\S+)", section, re.MULTILINE)
+    return [(kind, name) if kind == "map" else kind for kind, name in pairs]
+
+
+def test_a_few_rounds_learn_far_more_than_chance(printed):
+    assert accuracy(printed) > 0.6
+
+
+@pytest.mark.slow
+def test_all_rounds_learn_the_digits(tmp_path):
+    assert accuracy(run_digits(tmp_path / "plot.png", rounds=60)) > 0.95
+
+
+def test_gradient_agrees_with_finite_differences(printed):
+    rows = re.findall(
+        r"^  (client|server) +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == ["client", "server"]
+    for _, gradient, difference, relative in rows:
+        assert float(gradient) == pytest.approx(float(difference), rel=1e-3)
+        assert float(relative) < 1e-3
+
+
+def test_operators_survive_in_the_round(printed):
+    assert operators(printed, "The loss after a round") == [
+        *("broadcast", ("map", "client_update"), "reduce_sum"),
+        *("broadcast", ("map", "mean_loss"), "reduce_sum"),
+    ]
+
+
+def test_operators_survive_in_its_gradient(printed):
+    assert operators(printed, "Its gradient") == [
+        *("broadcast", ("map", "jvp_client_update"), "reduce_sum"),
+        *("broadcast", ("map", "jvp_mean_loss"), "reduce_sum"),
+        *("broadcast", ("map", "transpose_lin_jvp_mean_loss"), "reduce_sum"),
+        *("broadcast", ("map", "transpose_lin_jvp_client_update"), "reduce_sum"),
+    ]
+
+
+def test_plot_is_a_png(printed, plot):
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
