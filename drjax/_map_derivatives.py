@@ -29,6 +29,7 @@ from jax.interpreters import partial_eval as pe
 
 from drjax import _mesh
 from drjax._compat import ClosedJaxpr
+from drjax._contractions import contraction_bulk
 from drjax._jaxprs import (
     cached_by_jaxpr,
     dce,
@@ -322,24 +323,27 @@ def _transpose(cts, *args, body, in_placed, out_placed, name, bulk, **params):
     linear = tuple(ad.is_undefined_primal(x) for x in args)
     has_ct = tuple(not isinstance(ct, ad.Zero) for ct in cts)
     transposed, nonzero, consts = _transpose_jaxpr(body, linear, has_ct)
+    operand_placed = [*drop(in_placed, linear), *pick(out_placed, has_ct)]
+    result_placed = pick(pick(in_placed, linear), nonzero)
+    bulk = None
+    if not all(result_placed) and not transposed.effects:
+        where_to = (params["placement"], params["n"], params["mesh"])
+        bulk = _transpose_bulk(
+            body, linear, has_ct, nonzero, in_placed, out_placed, *where_to
+        ) or contraction_bulk(
+            transposed,
+            (*operand_placed, *(False for _ in consts)),
+            tuple(result_placed),
+            *where_to,
+        )
     results = bind(
         [*drop(args, linear), *pick(cts, has_ct)],
         consts,
         body=transposed,
-        in_placed=[*drop(in_placed, linear), *pick(out_placed, has_ct)],
-        out_placed=pick(pick(in_placed, linear), nonzero),
+        in_placed=operand_placed,
+        out_placed=result_placed,
         name=f"transpose_{name}",
-        bulk=_transpose_bulk(
-            body,
-            linear,
-            has_ct,
-            nonzero,
-            in_placed,
-            out_placed,
-            params["placement"],
-            params["n"],
-            params["mesh"],
-        ),
+        bulk=bulk,
         **params,
     )
     zeros = [ad.Zero(x.aval.to_ct_aval()) for x in pick(args, linear)]
@@ -388,9 +392,7 @@ def _transpose_fun(fun, in_avals, out_avals, linear, has_ct):
 def _transpose_bulk(
     body, linear, has_ct, nonzero, in_placed, out_placed, placement, n, mesh
 ):
-    """The transpose of the vmapped body, if a cotangent is to be summed."""
-    if all(pick(in_placed, linear)) or body.effects:
-        return None
+    """The bulk form of a transpose: the transpose of the vmapped body."""
 
     def whole(avals, placed):
         return [
@@ -409,7 +411,7 @@ def _transpose_bulk(
         transposed, consts = trace(fun, avals)
     except (NotImplementedError, TypeError):
         # JAX cannot vmap what linearizing left of a custom_vjp, nor transpose what vmap
-        # makes of a linear cond. The sum of the elements' cotangents remains.
+        # makes of a linear cond.
         return None
     if consts:
         return None

@@ -80,10 +80,22 @@ TRANSFORMATIONS = {
 }
 
 
+# With `sent` bodies these repeat much of what they do with `closed_over` ones.
+SLOW = {"checkpoint_all", "gradient_of_first", "jacfwd", "jacrev", "linearize", "scan"}
+
+
 @pytest.mark.parametrize(
     "name, case",
-    [(name, case) for name, (cases, _) in TRANSFORMATIONS.items() for case in cases],
-    ids=str,
+    [
+        pytest.param(
+            name,
+            case,
+            id=f"{name}-{case}",
+            marks=[pytest.mark.slow] * (name in SLOW and case.name.endswith("_sent")),
+        )
+        for name, (cases, _) in TRANSFORMATIONS.items()
+        for case in cases
+    ],
 )
 def test_transformed_program_equals_transformed_plain_function(name, case: Program):
     _, transform = TRANSFORMATIONS[name]
