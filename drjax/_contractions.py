@@ -20,7 +20,7 @@ from jax.interpreters import ad
 from drjax import _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import cached_by_jaxpr, is_in, struct, trace
-from drjax._map import Bulk, vmapped
+from drjax._map import Bulk, evaluate, make_bulk
 
 _LINEAR = {
     lax.broadcast_in_dim_p,
@@ -58,11 +58,12 @@ def contraction_bulk(
         for i, placed in enumerate(out_placed)
         if not placed and (ending := _ending(body, body.jaxpr.outvars[i]))
     }
-    if not endings:
+    if not endings or body.effects:
         return None
     operands = [v for ending in endings.values() for v in (*ending.a, *ending.b)]
     before = ClosedJaxpr(body.jaxpr.replace(outvars=operands), ())
-    run = vmapped(before, in_placed, [True] * len(operands), placement, n, mesh)
+    all_placed = [True] * len(operands)
+    run = evaluate(before, None, in_placed, all_placed, placement, n, mesh)
 
     def fun(*args: Any) -> list[Any]:
         value_of = dict(zip(operands, run(*args), strict=True))
@@ -75,8 +76,7 @@ def contraction_bulk(
         _mesh.placed_aval(aval, placement, n, mesh) if placed else aval
         for aval, placed in zip(body.in_avals, in_placed, strict=True)
     ]
-    jaxpr, _ = trace(fun, avals)
-    return Bulk(jaxpr, tuple(range(len(avals))), tuple(endings))
+    return make_bulk(*trace(fun, avals), range(len(avals)), endings)
 
 
 def _ending(body: ClosedJaxpr, out: Any) -> _Ending | None:

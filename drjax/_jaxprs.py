@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Var
+from jax.extend.core import Var, jaxprs_in_params
 from jax.interpreters import partial_eval as pe
 
-from drjax import _compat, _mesh
+from drjax import _compat
 from drjax._compat import ClosedJaxpr
 
 
@@ -25,12 +25,12 @@ def trace(
 
 def struct(aval: Any) -> jax.ShapeDtypeStruct:
     """What `jax.make_jaxpr` takes in place of a value of this type."""
-    explicit = _mesh.is_explicit(aval.sharding.mesh)
     return jax.ShapeDtypeStruct(
         aval.shape,
         aval.dtype,
         weak_type=aval.weak_type,
-        sharding=aval.sharding if explicit else None,
+        sharding=None if aval.sharding.mesh.empty else aval.sharding,
+        manual_axis_type=aval.manual_axis_type,  # What varies within a shard_map.
     )
 
 
@@ -63,9 +63,23 @@ def outputs_reached(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
     return [is_in(v, variables) for v in jaxpr.jaxpr.outvars]
 
 
+def is_var(atom: Any) -> bool:
+    """Whether an operand or output of an equation is a variable, not a literal."""
+    return isinstance(atom, Var)
+
+
 def is_in(atom: Any, variables: Any) -> bool:
     """Membership that a literal, which has no hash, may be asked for."""
-    return isinstance(atom, Var) and atom in variables
+    return is_var(atom) and atom in variables
+
+
+def holds(jaxpr: Any, primitive_name: str) -> bool:
+    """Whether a jaxpr or one inside it has an equation of that name."""
+    return any(
+        eqn.primitive.name == primitive_name
+        or any(holds(inner, primitive_name) for inner in jaxprs_in_params(eqn.params))
+        for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns
+    )
 
 
 def cached_by_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from jax.extend.core import (
     mapped_aval,
 )
 from jax.interpreters import batching, mlir
+from jax.sharding import AxisType
 
 from drjax import _compat, _mesh
 from drjax._compat import ClosedJaxpr
@@ -38,7 +39,7 @@ map_p.multiple_results = True
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bulk:
-    """Some results of a map as a jaxpr over whole `[n, ...]` arrays.
+    """Some results of a map as a jaxpr over whole `[n, ...]` arrays, see `make_bulk`.
 
     Only evaluation reads it; `body` alone says what the map means. The transpose of a
     map has one, since the sum of n per-element cotangents of a shared matrix is n outer
@@ -71,6 +72,15 @@ class Bulk:
         )
 
 
+def make_bulk(
+    jaxpr: ClosedJaxpr, consts: Sequence[Any], operands: Any, results: Any
+) -> Bulk | None:
+    """A bulk form, if it may be one: it closes over nothing and has no effects."""
+    if consts or jaxpr.effects:
+        return None
+    return Bulk(jaxpr, tuple(operands), tuple(results))
+
+
 def bind(
     operands: Sequence[Any],
     consts: Sequence[Any],
@@ -95,37 +105,41 @@ def bind(
 def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk):
     shard = functools.partial(_mesh.shard_placed, placement=placement, mesh=mesh)
     args = [shard(x) if p else x for x, p in zip(args, in_placed, strict=True)]
-    in_bulk = [i in bulk.results if bulk else False for i in range(len(out_placed))]
-    outs = []
     with jax.named_scope(name):
-        if bulk is not None:
-            computed = jaxpr_as_fun(bulk.jaxpr)(*(args[i] for i in bulk.operands))
-            outs = [out for _, out in sorted(zip(bulk.results, computed, strict=True))]
-        if not all(in_bulk) or body.effects:
-            rest, _ = dce(body, [not b for b in in_bulk], keep_inputs=True)
-            run = vmapped(
-                rest, in_placed, drop(out_placed, in_bulk), placement, n, mesh
-            )
-            outs = merge(in_bulk, outs, run(*args))
+        outs = evaluate(body, bulk, in_placed, out_placed, placement, n, mesh)(*args)
     return [shard(x) if p else x for x, p in zip(outs, out_placed, strict=True)]
 
 
-def vmapped(body, in_placed, out_placed, placement, n, mesh):
-    """The body applied to all elements: vmap, and a sum for each summed result."""
-    mapped = _vmap(jaxpr_as_fun(body), in_placed, placement, n, mesh)
+def evaluate(body, bulk, in_placed, out_placed, placement, n, mesh):
+    """The function of whole arrays that a map computes, but for their sharding.
+
+    The body under vmap and a sum for each summed result, or its bulk form.
+    """
+    in_bulk = [bulk is not None and i in bulk.results for i in range(len(out_placed))]
+    rest, _ = dce(body, [not b for b in in_bulk], keep_inputs=True)
+    rest_placed = drop(out_placed, in_bulk)
+    mapped = _vmap(jaxpr_as_fun(rest), in_placed, placement, n, mesh)
 
     def run(*args):
-        return [
-            out if placed else jnp.sum(out, axis=0, dtype=out.dtype)
-            for out, placed in zip(mapped(*args), out_placed, strict=True)
-        ]
+        from_bulk, outs = [], []
+        if bulk is not None:
+            computed = jaxpr_as_fun(bulk.jaxpr)(*(args[i] for i in bulk.operands))
+            results = sorted(zip(bulk.results, computed, strict=True))
+            from_bulk = [out for _, out in results]
+        if not all(in_bulk) or rest.effects:
+            outs = [
+                out if placed else jnp.sum(out, axis=0, dtype=out.dtype)
+                for out, placed in zip(mapped(*args), rest_placed, strict=True)
+            ]
+        return merge(in_bulk, from_bulk, outs)
 
     return run
 
 
 def _vmap(fn, in_placed, placement, n, mesh):
     in_axes = tuple(0 if placed else None for placed in in_placed)
-    automatic = mesh is not None and not _mesh.is_explicit(mesh)
+    # In a partly manual shard_map, vmap does not take the name of an automatic axis.
+    automatic = mesh is not None and {*mesh.axis_types} == {AxisType.Auto}
     spmd_axis_name = placement if automatic else None
     return jax.vmap(fn, in_axes, axis_size=n, spmd_axis_name=spmd_axis_name)
 
@@ -169,7 +183,7 @@ mlir.register_lowering(map_p, mlir.lower_fun(_run, multiple_results=True))
 def _batch(axis_data, args, dims, *, body, in_placed, out_placed, bulk, **params):
     params |= dict(in_placed=in_placed, out_placed=out_placed)
     batched = [dim is not None for dim in dims]
-    if not any(batched):
+    if not any(batched) and not _has_name(axis_data):
         outs = map_p.bind(*args, body=body, bulk=bulk, **params)
         return outs, [None] * len(outs)
 
@@ -184,14 +198,8 @@ def _batch(axis_data, args, dims, *, body, in_placed, out_placed, bulk, **params
         mapped_aval(aval.shape[0], 0, aval) if placed else aval
         for aval, placed in zip(avals, in_placed, strict=True)
     ]
-    front = [0] * max(len(in_axes), len(out_axes))
     new_body, out_batched, consts = _batch_jaxpr(
-        body,
-        axis_data,
-        batched,
-        element_avals,
-        front[: len(args)],
-        front[: len(out_axes)],
+        body, axis_data, batched, element_avals, [0] * len(args), [0] * len(out_axes)
     )
     new_bulk = None
     if bulk is not None:
@@ -203,48 +211,48 @@ def _batch(axis_data, args, dims, *, body, in_placed, out_placed, bulk, **params
             [in_axes[i] for i in bulk.operands],
             [out_axes[i] for i in bulk.results],
         )
-        same = bulk_out_batched == [out_batched[i] for i in bulk.results]
-        if same and not bulk_consts:
-            new_bulk = dataclasses.replace(bulk, jaxpr=jaxpr)
+        if bulk_out_batched == [out_batched[i] for i in bulk.results]:
+            new_bulk = make_bulk(jaxpr, bulk_consts, bulk.operands, bulk.results)
     outs = bind(args, consts, body=new_body, bulk=new_bulk, **params)
     return outs, [
         axis if b else None for axis, b in zip(out_axes, out_batched, strict=True)
     ]
 
 
+def _has_name(axis_data) -> bool:
+    """Whether a body may use the axis, in a psum say, though no operand has it."""
+    return isinstance(axis_data.name, str)
+
+
 def _batch_jaxpr(jaxpr, axis_data, batched, avals, in_axes, out_axes):
     """The vmap of a jaxpr, which of its outputs are batched, and its consts.
 
     An output that does not depend on a batched input stays as it is, for jacfwd and
-    hessian rely on it. Under vmap, such an output is no tracer of that vmap.
+    hessian rely on it. A first trace, which is dropped, finds those.
     """
     axes = zip(in_axes, batched, strict=True)
     in_axes = tuple(axis if b else None for axis, b in axes)
     out_batched: list[bool] = [False] * len(out_axes)
-    unbatched: list[Any] = []
-
-    def inner(*args):
-        tracer = next(iter(pick(args, batched)))
-        outs = jaxpr_as_fun(jaxpr)(*args)
-        out_batched[:] = [isinstance(out, type(tracer)) for out in outs]
-        unbatched[:] = drop(outs, out_batched)
-        return pick(outs, out_batched)
-
-    def outer(*args):
-        outs = jax.vmap(
-            inner,
-            in_axes,
-            axis_size=axis_data.size,
-            axis_name=axis_data.name,
-            spmd_axis_name=axis_data.spmd_name,
-        )(*args)
-        axes = pick(out_axes, out_batched)
-        moved = [jnp.moveaxis(x, 0, axis) for x, axis in zip(outs, axes, strict=True)]
-        return merge(out_batched, moved, unbatched)
-
-    if not any(batched):
+    if not any(batched) and not _has_name(axis_data):
         return jaxpr, out_batched, []
-    new_jaxpr, consts = trace(outer, avals)
+    vmap = functools.partial(
+        jax.vmap,
+        axis_size=axis_data.size,
+        axis_name=axis_data.name,
+        spmd_axis_name=axis_data.spmd_name,
+    )
+
+    def probe(*args):
+        outs = jaxpr_as_fun(jaxpr)(*args)
+        # Under vmap, an output that no batched input reaches is no tracer of that vmap,
+        # or one without a batch axis.
+        out_batched[:] = [getattr(out, "batch_dim", None) is not None for out in outs]
+        return []
+
+    trace(vmap(probe, in_axes), avals)
+    axes = zip(out_axes, out_batched, strict=True)
+    new_out_axes = [axis if b else None for axis, b in axes]
+    new_jaxpr, consts = trace(vmap(jaxpr_as_fun(jaxpr), in_axes, new_out_axes), avals)
     return new_jaxpr, out_batched, consts
 
 

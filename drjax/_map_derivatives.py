@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend import linear_util as lu
-from jax.extend.core import Var, gensym, jaxpr_as_fun
+from jax.extend.core import gensym, jaxpr_as_fun
 from jax.interpreters import ad
 from jax.interpreters import partial_eval as pe
 
@@ -34,7 +34,9 @@ from drjax._jaxprs import (
     cached_by_jaxpr,
     dce,
     drop,
+    holds,
     is_in,
+    is_var,
     merge,
     outputs_reached,
     pick,
@@ -44,7 +46,7 @@ from drjax._jaxprs import (
     where,
     without_effects,
 )
-from drjax._map import Bulk, abstract_eval, bind, map_p, vmapped
+from drjax._map import abstract_eval, bind, evaluate, make_bulk, map_p
 
 
 #
@@ -103,12 +105,13 @@ def _jvp_bulk(bulk, nonzero, nonzero_out):
     """The bulk form of the jvp: the jvp of the bulk form."""
     varying = tuple(nonzero[i] for i in bulk.operands)
     jaxpr, varies, consts = _jvp_jaxpr(bulk.jaxpr, varying)
-    if consts or varies != tuple(nonzero_out[r] for r in bulk.results):
+    if varies != tuple(nonzero_out[r] for r in bulk.results):
         return None
     tangent_operand = {i: len(nonzero) + k for k, i in enumerate(where(nonzero))}
     tangent_result = {r: len(nonzero_out) + k for k, r in enumerate(where(nonzero_out))}
-    return Bulk(
+    return make_bulk(
         jaxpr,
+        consts,
         (*bulk.operands, *(tangent_operand[i] for i in pick(bulk.operands, varying))),
         (*bulk.results, *(tangent_result[r] for r in pick(bulk.results, varies))),
     )
@@ -161,9 +164,7 @@ def _split(body, unknown_in, in_placed, out_placed) -> _Split:
     input_of = {v: i for i, v in enumerate(invars)}
     placed_outvars = zip(outvars, pick(out_placed, out_known), strict=True)
     output_of = {
-        v: i
-        for i, (v, placed) in enumerate(placed_outvars)
-        if placed and isinstance(v, Var)
+        v: i for i, (v, placed) in enumerate(placed_outvars) if placed and is_var(v)
     }
     of_one_element = reached(everything, drop(in_placed, unknown_in))
     forwarded = [is_in(v, input_of) or is_in(v, output_of) for v in residuals]
@@ -232,7 +233,12 @@ def _split_params(split, unknown_in, *, in_placed, out_placed, name, bulk, **par
         ),
         out_placed=(*drop(out_placed, split.out_known),),
         name=f"lin_{name}",
-        bulk=None,
+    )
+    unknown["bulk"] = contraction_bulk(
+        split.unknown,
+        unknown["in_placed"],
+        unknown["out_placed"],
+        *(params[key] for key in ("placement", "n", "mesh")),
     )
     return known, unknown
 
@@ -252,7 +258,7 @@ def _partial_eval(jaxpr_trace, *tracers, body, **params):
     split = _split(body, unknown_in, params["in_placed"], params["out_placed"])
     known_params, unknown_params = _split_params(split, unknown_in, **params)
     known_operands = [t.pval.get_known() for t in drop(tracers, unknown_in)]
-    known_results = map_p.bind(*known_operands, **known_params)
+    known_results = _bind_unless_empty(known_operands, known_params)
     residuals = _residuals(split, known_operands, known_results)
     unknown_operands = [
         *map(jaxpr_trace.new_instantiated_const, residuals),
@@ -263,6 +269,12 @@ def _partial_eval(jaxpr_trace, *tracers, body, **params):
     )
     known_outs = known_results[: sum(split.out_known)]
     return merge(split.out_known, map(jaxpr_trace.new_const, known_outs), unknown_outs)
+
+
+def _bind_unless_empty(operands, params):
+    body = params["body"]
+    empty = not body.out_avals and not body.effects
+    return [] if empty else map_p.bind(*operands, **params)
 
 
 pe.custom_partial_eval_rules[map_p] = _partial_eval
@@ -287,9 +299,11 @@ def _partial_eval_eqn(saveable, unknown_in, instantiated_in, eqn):
         newvar = gensym()
         result_avals, _ = abstract_eval(**known_params)
         saved = [newvar(aval) for aval in result_avals[len(known_outvars) :]]
-        needed = _residuals(split, known_invars, [*known_outvars, *saved])
+        residuals = _residuals(split, known_invars, [*known_outvars, *saved])
+        instantiated = {*filter(is_var, pick(eqn.invars, instantiated_in))}
+        needed = [v for v in residuals if not is_in(v, instantiated)]
         staged = eqn.replace(
-            invars=[*needed, *pick(eqn.invars, unknown_in)],
+            invars=[*residuals, *pick(eqn.invars, unknown_in)],
             outvars=drop(eqn.outvars, split.out_known),
             params=unknown_params,
             effects=split.unknown.effects,
@@ -309,8 +323,8 @@ def _partial_eval_eqn(saveable, unknown_in, instantiated_in, eqn):
     )
     unknown_out = [not known for known in split.out_known]
     is_empty = not known.outvars and not known.effects
-    residuals = [v for v in needed if isinstance(v, Var)]
-    return None if is_empty else known, staged, unknown_out, instantiated_out, residuals
+    needed = [*filter(is_var, needed)]
+    return None if is_empty else known, staged, unknown_out, instantiated_out, needed
 
 
 pe.partial_eval_jaxpr_custom_rules[map_p] = _partial_eval_eqn
@@ -325,16 +339,16 @@ def _transpose(cts, *args, body, in_placed, out_placed, name, bulk, **params):
     transposed, nonzero, consts = _transpose_jaxpr(body, linear, has_ct)
     operand_placed = [*drop(in_placed, linear), *pick(out_placed, has_ct)]
     result_placed = pick(pick(in_placed, linear), nonzero)
-    bulk = None
-    if not all(result_placed) and not transposed.effects:
-        where_to = (params["placement"], params["n"], params["mesh"])
-        bulk = _transpose_bulk(
-            body, linear, has_ct, nonzero, in_placed, out_placed, *where_to
+    at = tuple(params[key] for key in ("placement", "n", "mesh"))
+    new_bulk = None
+    if not all(result_placed):
+        new_bulk = _transpose_bulk(
+            body, bulk, linear, has_ct, nonzero, in_placed, out_placed, *at
         ) or contraction_bulk(
             transposed,
             (*operand_placed, *(False for _ in consts)),
             tuple(result_placed),
-            *where_to,
+            *at,
         )
     results = bind(
         [*drop(args, linear), *pick(cts, has_ct)],
@@ -343,7 +357,7 @@ def _transpose(cts, *args, body, in_placed, out_placed, name, bulk, **params):
         in_placed=operand_placed,
         out_placed=result_placed,
         name=f"transpose_{name}",
-        bulk=bulk,
+        bulk=new_bulk,
         **params,
     )
     zeros = [ad.Zero(x.aval.to_ct_aval()) for x in pick(args, linear)]
@@ -390,9 +404,15 @@ def _transpose_fun(fun, in_avals, out_avals, linear, has_ct):
 
 @cached_by_jaxpr
 def _transpose_bulk(
-    body, linear, has_ct, nonzero, in_placed, out_placed, placement, n, mesh
+    body, bulk, linear, has_ct, nonzero, in_placed, out_placed, placement, n, mesh
 ):
-    """The bulk form of a transpose: the transpose of the vmapped body."""
+    """The bulk form of a transpose: the transpose of the vmapped body.
+
+    None for what linearizing leaves of a custom_vjp, whose rule need not be linear: the
+    transpose applies it to each element's cotangent, and this would, to their sum.
+    """
+    if holds(body, "custom_lin"):
+        return None
 
     def whole(avals, placed):
         return [
@@ -401,7 +421,7 @@ def _transpose_bulk(
         ]
 
     fun, avals = _transpose_fun(
-        vmapped(body, in_placed, out_placed, placement, n, mesh),
+        evaluate(body, bulk, in_placed, out_placed, placement, n, mesh),
         whole(body.in_avals, in_placed),
         whole(body.out_avals, out_placed),
         linear,
@@ -409,14 +429,10 @@ def _transpose_bulk(
     )
     try:
         transposed, consts = trace(fun, avals)
-    except (NotImplementedError, TypeError):
-        # JAX cannot vmap what linearizing left of a custom_vjp, nor transpose what vmap
-        # makes of a linear cond.
-        return None
-    if consts:
+    except NotImplementedError:  # JAX cannot transpose what vmap makes of some conds.
         return None
     pruned, _ = dce(transposed, nonzero, keep_inputs=True)
-    return Bulk(pruned, tuple(range(len(avals))), tuple(range(sum(nonzero))))
+    return make_bulk(pruned, consts, range(len(avals)), range(sum(nonzero)))
 
 
 ad.primitive_transposes[map_p] = _transpose

@@ -41,6 +41,12 @@ def resolve(operator_name: str, mesh: Mesh | None, placement: Placement) -> Mesh
                 "placement is not to be split), or make the axes Auto."
             )
         return None
+    if AxisType.Explicit in mesh.axis_types and jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(
+            f"drjax.{operator_name} over {name!r}: a mesh with explicit axes must be "
+            "installed, for JAX keeps it in the types of arrays. Run the program under "
+            "`with jax.set_mesh(mesh):`."
+        )
     if axis_types[name] == AxisType.Manual:  # Inside a shard_map over the placement.
         return None
     if placement.size % mesh.shape[name]:

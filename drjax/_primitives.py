@@ -44,7 +44,7 @@ broadcast_p = Primitive("drjax_broadcast")
 
 
 def _broadcast_run(x, *, placement, n, mesh):
-    shape = (n, *x.shape)
+    shape = (n, *jnp.shape(x))
     if _mesh.is_explicit(mesh):
         spec = P(placement, *jax.typeof(x).sharding.spec)
         return jnp.broadcast_to(x, shape, out_sharding=NamedSharding(mesh, spec))

@@ -135,7 +135,7 @@ def _call_in_scope(
     declared: tuple[Placement, ...], fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     scope = declared
-    if outer := _scope.value:
+    if (outer := _scope.value) and not _in_custom_rule():
         names = {p.name for p in declared}
         kept = (p._replace(own=False) for p in outer if p.name not in names)
         scope = (*kept, *declared)
@@ -197,7 +197,13 @@ def resolve(operator_name: str, name: str | None) -> Placement:
             "started inside a program has no placement, nor has the rule of a "
             "custom_jvp or custom_vjp: decorate the function that runs there."
         )
-    _refuse_custom_rule(operator_name)
+    if _in_custom_rule():
+        raise OperatorUndefinedError(
+            f"drjax.{operator_name} was called in the rule of a jax.custom_jvp, "
+            "custom_vjp or custom_vmap. JAX runs the rule when it transforms the "
+            "function, maybe after the program has returned, so the rule does not know "
+            "the program's placements. Decorate the rule itself with drjax.program."
+        )
     if name is None:
         own = [p for p in scope if p.own]
         if len(own) > 1:
@@ -235,26 +241,22 @@ def mapped_scope(name: str) -> Any:
     )
 
 
-def _refuse_custom_rule(operator_name: str) -> None:
-    """Raises if a custom differentiation rule runs under somebody else's program.
+def _in_custom_rule() -> bool:
+    """Whether a custom transformation rule runs, within no program of its own.
 
-    JAX runs such a rule when it differentiates. By then the program around the
+    JAX runs such a rule when it differentiates or vmaps. By then the program around the
     custom function may have returned, and the scope may be that of a program which
-    merely differentiates it: broadcast would use that one's size, a wrong number
-    without an error. No public mechanism tells the two apart, so a rule needs a
-    program of its own: one whose frame is nearer than JAX's call of the rule.
+    merely transforms it: broadcast would use that one's size, a wrong number without an
+    error. No public mechanism tells the two apart, so a rule sees no placement but
+    those of a program whose frame is nearer than JAX's call of the rule.
     """
     rule_callers, program_code = _rule_callers(), _call_in_scope.__code__
     frame = sys._getframe(2)
     while frame is not None and (code := frame.f_code) is not program_code:
         if id(code) in rule_callers:  # A code object's own hash is slow.
-            raise OperatorUndefinedError(
-                f"drjax.{operator_name} was called in the rule of a jax.custom_jvp or "
-                "jax.custom_vjp. JAX runs the rule when it differentiates, maybe after "
-                "the program has returned, so the rule does not know the program's "
-                "placements. Decorate the rule itself with drjax.program."
-            )
+            return True
         frame = frame.f_back
+    return False
 
 
 @functools.cache
@@ -288,6 +290,18 @@ def _rule_callers() -> dict[int, types.CodeType]:
         return (ct,)
 
     with_vjp.defvjp(fwd, bwd)
+
+    @jax.custom_batching.custom_vmap
+    def with_vmap(x: Any) -> Any:
+        return x
+
+    @with_vmap.def_vmap
+    def _(size: int, batched: Any, x: Any) -> Any:
+        watch()
+        return x, True
+
     # Only traced: nothing is compiled and no backend is initialised.
-    jax.eval_shape(jax.grad(lambda x: with_vjp(with_jvp(x))), 0.0)
+    scalar, vector = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((), (1,)))
+    jax.eval_shape(jax.grad(lambda x: with_vjp(with_jvp(x))), scalar)
+    jax.eval_shape(jax.vmap(with_vmap), vector)
     return callers

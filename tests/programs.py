@@ -138,6 +138,7 @@ def _while(w, x):
 
 BODIES = {
     "plain": (_plain_body, {}),
+    "relu": (lambda w, x: jnp.sum(jax.nn.relu(x @ w) ** 2), {}),
     "jit": (jax.jit(_plain_body), {}),
     "checkpoint": (jax.checkpoint(_plain_body), {}),
     "checkpoint_dots": (
