@@ -18,6 +18,8 @@ from drjax._operators import (
 )
 from drjax._program import OperatorUndefinedError, program
 
+__version__ = "0.3.0.dev0"
+
 __all__ = [
     "OperatorUndefinedError",
     "broadcast",

@@ -128,7 +128,7 @@ def evaluate(body, bulk, in_placed, out_placed, placement, n, mesh):
             from_bulk = [out for _, out in results]
         if not all(in_bulk) or rest.effects:
             outs = [
-                out if placed else jnp.sum(out, axis=0, dtype=out.dtype)
+                out if placed else jnp.sum(out, axis=0).astype(out.dtype)
                 for out, placed in zip(mapped(*args), rest_placed, strict=True)
             ]
         return merge(in_bulk, from_bulk, outs)

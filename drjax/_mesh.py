@@ -24,6 +24,11 @@ def resolve(operator_name: str, mesh: Mesh | None, placement: Placement) -> Mesh
     """The mesh to shard a placed value over; None where nothing is to be sharded."""
     if mesh is None and placement.use_abstract_mesh:
         mesh = jax.sharding.get_abstract_mesh()
+    if not isinstance(mesh, Mesh | None):
+        raise TypeError(
+            f"drjax.{operator_name} over {placement.name!r}: `mesh` must be a "
+            f"jax.sharding.Mesh or AbstractMesh, but got {mesh!r}."
+        )
     if mesh is None or mesh.empty:
         return None
     name = placement.name

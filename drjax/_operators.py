@@ -134,6 +134,7 @@ def map_fn(
         out_trees.append(out_tree)
         return leaves
 
+    flat_fn.__name__ = flat_fn.__qualname__ = _name(fn)  # For JAX's error messages.
     elements = [mapped_aval(params["n"], 0, jax.typeof(x)) for x in flat]
     with _program.mapped_scope(params["placement"]):
         body, consts = trace(flat_fn, elements)
@@ -143,7 +144,7 @@ def map_fn(
         body=body,
         in_placed=[True] * len(flat),
         out_placed=[True] * len(body.out_avals),
-        name=getattr(fn, "__name__", type(fn).__name__),
+        name=_name(fn),
         bulk=None,
         **params,
     )
@@ -275,15 +276,19 @@ def reduce_weighted_mean(
     """
     params = _resolve("reduce_weighted_mean", placement, mesh)
     x = _placed("reduce_weighted_mean", x, numeric=True, **params)
-    w = _placed("reduce_weighted_mean", w, numeric=True, **params)
+    w = _placed("reduce_weighted_mean", w, numeric=True, what="`w`", **params)
     xs, tree = jax.tree.flatten(x)
+    defaults: list[Any] = [None] * len(xs)
     weight_leaves = _prefix_leaves("w", w, x, params["placement"])
     _check_weights(weight_leaves, x, params["placement"])
     weights = list({id(leaf): leaf for leaf in weight_leaves}.values())
     ids = [id(leaf) for leaf in weights]
-    defaults = [None] * len(xs)
     if default is not None:
+        default = _arrays(
+            "reduce_weighted_mean", default, params["placement"], numeric=True
+        )
         defaults = _prefix_leaves("default", default, x, params["placement"])
+        _check_defaults(defaults, x, params["placement"])
     weight_of = tuple(ids.index(id(leaf)) for leaf in weight_leaves)
     means = _reduce_weighted_mean(xs, weights, weight_of, defaults, **params)
     return jax.tree.unflatten(tree, means)
@@ -459,25 +464,25 @@ def _reduce_mean(tree, **params):
 def _reduce_weighted_mean(xs, weights, weight_of, defaults, **params):
     """Means of the arrays `xs`; array `i` has weights `weights[weight_of[i]]`."""
 
-    def total(w):
-        compute, _ = _mean_dtypes(w.dtype)
-        return reduce_sum_p.bind(w.astype(compute), **params)
+    @functools.cache  # One sum for each weight leaf.
+    def total(i, dtype):
+        return reduce_sum_p.bind(weights[i].astype(dtype), **params)
 
-    def mean(x, w, total, default):
+    def mean(x, i, default):
+        w = weights[i]
         compute, result = _mean_dtypes(jnp.promote_types(w.dtype, x.dtype))
         # One element's weight broadcasts against its value, so from the right.
         w = w.reshape(w.shape[0], *[1] * (x.ndim - w.ndim), *w.shape[1:])
         weighted = reduce_sum_p.bind(w.astype(compute) * x.astype(compute), **params)
-        total = total.astype(compute)
+        sum_w = total(i, compute)
         if default is None:
-            return (weighted / total).astype(result)
+            return (weighted / sum_w).astype(result)
         # Dividing by a safe number keeps 0 * nan out of the gradient as well.
-        mean = weighted / jnp.where(total == 0, 1, total)
-        return jnp.where(total == 0, default, mean).astype(result)
+        mean = weighted / jnp.where(sum_w == 0, 1, sum_w)
+        return jnp.where(sum_w == 0, default, mean).astype(result)
 
-    totals = [total(w) for w in weights]
     return [
-        mean(x, weights[i], totals[i], default)
+        mean(x, i, default)
         for x, i, default in zip(xs, weight_of, defaults, strict=True)
     ]
 
@@ -489,9 +494,14 @@ def _sum_dtype(dtype: Any) -> Any:
 
 def _mean_dtypes(dtype: Any) -> tuple[Any, Any]:
     """The dtype in which to sum for a mean, and that of the mean, as in `jnp.mean`."""
-    result = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
-    small = jnp.issubdtype(result, jnp.floating) and jnp.finfo(result).bits < 32
-    return jnp.dtype("float32") if small else result, result
+    result = jax.eval_shape(jnp.mean, jax.ShapeDtypeStruct((1,), dtype)).dtype
+    half = jnp.issubdtype(result, jnp.floating) and jnp.finfo(result).bits < 32
+    return jnp.dtype("float32") if half else result, result
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    name = getattr(fn, "__name__", None)
+    return name if isinstance(name, str) else type(fn).__name__
 
 
 def _show_mesh(placed: Any, *, placement: str, n: int, mesh: _mesh.Mesh | None) -> Any:
@@ -519,12 +529,23 @@ def _resolve(
 
 
 def _arrays(operator_name: str, tree: Any, placement: str, *, numeric: bool) -> Any:
-    """Checks that all leaves are arrays or Python numbers."""
+    """Checks that all leaves are arrays or numbers; makes JAX arrays of them."""
+    all_jax = True
     for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.dtype, np.dtype):
+            continue
         dtype = getattr(leaf, "dtype", None)
+        if dtype == jax.dtypes.float0 and operator_name != "map_fn":
+            raise TypeError(
+                f"drjax.{operator_name} over {placement!r}: {_where(tree, leaf)} has "
+                "dtype float0, the derivative of an integer, which is never more than "
+                "zero. Leave it out."
+            )
         if isinstance(dtype, np.dtype) and dtype.kind not in "OSUMm":
+            all_jax = False
             continue
         if dtype is None and isinstance(leaf, int | float | complex):
+            all_jax = False
             continue
         if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.extended):
             raise TypeError(
@@ -538,7 +559,12 @@ def _arrays(operator_name: str, tree: Any, placement: str, *, numeric: bool) -> 
                 f"dtype {dtype}, which cannot be reduced. Reduce the numbers that you "
                 "derive from it."
             )
-    return tree
+    return tree if all_jax else jax.tree.map(_as_jax, tree)
+
+
+def _as_jax(leaf: Any) -> Any:
+    is_float0 = getattr(leaf, "dtype", None) == jax.dtypes.float0
+    return leaf if isinstance(leaf, jax.Array) or is_float0 else jnp.asarray(leaf)
 
 
 def _placed(
@@ -549,29 +575,31 @@ def _placed(
     n: int,
     mesh: _mesh.Mesh | None,
     numeric: bool = False,
+    what: str = "the argument",
 ) -> Any:
     """Checks that all leaves are arrays with a leading axis `n`."""
     del mesh
-    _arrays(operator_name, tree, placement, numeric=numeric)
+    tree = _arrays(operator_name, tree, placement, numeric=numeric)
     for leaf in jax.tree.leaves(tree):
         shape = np.shape(leaf)
         if not shape or shape[0] != n:
             raise ValueError(
                 f"drjax.{operator_name} over {placement!r}: every leaf needs leading "
-                f"axis {n}, but {_where(tree, leaf)} has shape {shape}. If it is a "
-                "server value, broadcast it first, or close over it; if it is placed, "
+                f"axis {n}, but {_where(tree, leaf, what)} has shape {shape}. If it is "
+                "a server value, broadcast it first, or close over it; if it is placed, "
                 f"the program is declared with the wrong size {n}."
             )
     return tree
 
 
-def _where(tree: Any, leaf: Any) -> str:
+def _where(tree: Any, leaf: Any, what: str = "the argument") -> str:
     """Names a leaf by its path in the tree."""
     if leaf is tree:
-        return "the argument"
+        return what
     paths = jax.tree_util.tree_leaves_with_path(tree)
     path = next(path for path, other in paths if other is leaf)
-    return f"leaf {jax.tree_util.keystr(path)}"
+    of = "" if what == "the argument" else f" of {what}"
+    return f"leaf {jax.tree_util.keystr(path)}{of}"
 
 
 def _prefix_leaves(name: str, prefix: Any, x: Any, placement: str) -> list[Any]:
@@ -590,16 +618,30 @@ def _check_weights(weight_leaves: list[Any], x: Any, placement: str) -> None:
     """Checks that each element's weight broadcasts to the shape of its value."""
     leaves = jax.tree_util.tree_leaves_with_path(x)
     for weight, (path, value) in zip(weight_leaves, leaves, strict=True):
-        weight_shape, shape = np.shape(weight)[1:], np.shape(value)[1:]
-        try:
-            fits = np.broadcast_shapes(weight_shape, shape) == shape
-        except ValueError:
-            fits = False
-        if not fits:
+        if not _broadcasts(np.shape(weight)[1:], np.shape(value)[1:]):
             raise ValueError(
                 f"drjax.reduce_weighted_mean over {placement!r}: the weights of leaf "
                 f"{jax.tree_util.keystr(path) or 'x'} have shape {np.shape(weight)}, "
                 f"which does not broadcast to its shape {np.shape(value)} element by "
                 "element. One weight per element has shape "
-                f"{np.shape(value)[:1]}."
+                f"{np.shape(value)[:1]}. Or are values and weights swapped?"
             )
+
+
+def _check_defaults(defaults: list[Any], x: Any, placement: str) -> None:
+    """Checks that each default broadcasts to the shape of its mean."""
+    leaves = jax.tree_util.tree_leaves_with_path(x)
+    for default, (path, value) in zip(defaults, leaves, strict=True):
+        if not _broadcasts(np.shape(default), np.shape(value)[1:]):
+            raise ValueError(
+                f"drjax.reduce_weighted_mean over {placement!r}: the default of leaf "
+                f"{jax.tree_util.keystr(path) or 'x'} has shape {np.shape(default)}, "
+                f"which does not broadcast to its mean's, {np.shape(value)[1:]}."
+            )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False

@@ -87,7 +87,8 @@ reduce_sum_p = Primitive("drjax_reduce_sum")
 
 
 def _reduce_sum_run(x, *, placement, n, mesh):
-    return jnp.sum(x, axis=0, dtype=x.dtype)
+    # Without dtype=, halves are summed in float32.
+    return jnp.sum(x, axis=0).astype(x.dtype)
 
 
 def _reduce_sum_transpose(ct, x, **params):

@@ -74,8 +74,9 @@ def program(
 
     Raises:
       ValueError: if no placement is given, or a size is smaller than 1.
-      TypeError: if a size is no integer, or the decorated object is no plain
-        function: the placements would not hold across an `await` or a `yield`.
+      TypeError: if a size is no Python integer, or the decorated function is a
+        coroutine or generator: the placements would not hold across an `await` or a
+        `yield`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,7 +154,7 @@ def _checked_name(name: Any) -> str:
 
 def _checked_size(name: str, size: Any) -> int:
     try:
-        if isinstance(size, bool):
+        if isinstance(size, bool | jax.Array):  # No array is an index under jit.
             raise TypeError
         as_int = operator.index(size)
     except TypeError:
@@ -178,7 +179,7 @@ def _check_decorable(fn: Any) -> None:
         ("a generator", inspect.isgeneratorfunction),
         ("an async generator", inspect.isasyncgenfunction),
     ):
-        if is_kind(fn):
+        if is_kind(fn) or is_kind(type(fn).__call__):
             raise TypeError(
                 f"drjax.program cannot decorate {kind} function ({fn!r}): its body "
                 "runs after the call has returned, when the placements are no longer "
