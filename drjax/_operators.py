@@ -586,8 +586,8 @@ def _placed(
             raise ValueError(
                 f"drjax.{operator_name} over {placement!r}: every leaf needs leading "
                 f"axis {n}, but {_where(tree, leaf, what)} has shape {shape}. If it is "
-                "a server value, broadcast it first, or close over it; if it is placed, "
-                f"the program is declared with the wrong size {n}."
+                "a server value, broadcast it first, or close over it; if it is "
+                f"placed, the program is declared with the wrong size {n}."
             )
     return tree
 
