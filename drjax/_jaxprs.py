@@ -48,6 +48,30 @@ def without_effects(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     return ClosedJaxpr(jaxpr.jaxpr.replace(eqns=eqns, effects=set()), ())
 
 
+def without_replayed_effects(jaxpr: Any, unknown: Sequence[bool]) -> Any:
+    """Drops effects that do not depend on the flagged inputs, also in a checkpoint.
+
+    The known part of a partial evaluation had them; a checkpoint in the unknown part
+    would have them again. Only equations without results are dropped.
+    """
+    variables = set(pick(jaxpr.jaxpr.invars, unknown))
+    eqns: list[Any] = []
+    for eqn in jaxpr.jaxpr.eqns:
+        depends = [is_in(v, variables) for v in eqn.invars]
+        if any(depends):
+            variables.update(eqn.outvars)
+        elif eqn.effects and not eqn.outvars:
+            continue
+        if eqn.effects and "prevent_cse" in eqn.params:  # A jax.checkpoint.
+            inner = ClosedJaxpr(eqn.params["jaxpr"], ())
+            inner = without_replayed_effects(inner, depends).jaxpr
+            params = dict(eqn.params, jaxpr=inner)
+            eqn = eqn.replace(params=params, effects=inner.effects)
+        eqns.append(eqn)
+    effects = set().union(*(eqn.effects for eqn in eqns))
+    return ClosedJaxpr(jaxpr.jaxpr.replace(eqns=eqns, effects=effects), ())
+
+
 def reached(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> set[Var]:
     """The variables that depend on the flagged inputs or on an effect."""
     variables = set(pick(jaxpr.jaxpr.invars, inputs))

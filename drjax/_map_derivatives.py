@@ -45,6 +45,7 @@ from drjax._jaxprs import (
     trace,
     where,
     without_effects,
+    without_replayed_effects,
 )
 from drjax._map import abstract_eval, bind, evaluate, make_bulk, map_p
 
@@ -202,6 +203,9 @@ def _split(body, unknown_in, in_placed, out_placed) -> _Split:
     ]
     unknown, consts = trace(unknown_fun, unknown_avals)
     assert not consts, consts
+    n_residuals = len(unknown_avals) - sum(unknown_in)
+    is_unknown = [i >= n_residuals for i in range(len(unknown_avals))]
+    unknown = without_replayed_effects(unknown, is_unknown)
     known, _ = dce(everything, [True] * len(outvars) + saved, keep_inputs=True)
     return _Split(
         known, unknown, out_known, tuple(forwarded_inputs), tuple(forwarded_outputs)
