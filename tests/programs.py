@@ -291,7 +291,7 @@ def _newton_plain(w, xs, ys):
         return jnp.sum((jnp.tanh(xs @ w) - ys) ** 2)
 
     return w - jnp.linalg.solve(
-        jax.hessian(loss)(w) + 9 * jnp.eye(3), jax.grad(loss)(w)
+        jax.hessian(loss)(w) + 30 * jnp.eye(3), jax.grad(loss)(w)
     )
 
 
@@ -304,7 +304,7 @@ def newton(w, xs, ys):
         return jax.grad(loss)(w, x, y), jax.hessian(loss)(w, x, y)
 
     grad, hessian = drjax.reduce_sum(drjax.map_fn(grad_and_hessian, (xs, ys)))
-    return w - jnp.linalg.solve(hessian + 9 * jnp.eye(3), grad)
+    return w - jnp.linalg.solve(hessian + 30 * jnp.eye(3), grad)
 
 
 @_row(

@@ -66,7 +66,7 @@ TRANSFORMATIONS = {
             lambda *xs: jax.lax.scan(
                 lambda xs, _: (
                     tuple(
-                        x - 0.1 * g
+                        x - 0.01 * g
                         for x, g in zip(xs, gradient(f, every(xs))(*xs), strict=True)
                     ),
                     None,
