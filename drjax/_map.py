@@ -116,7 +116,9 @@ def evaluate(body, bulk, in_placed, out_placed, placement, n, mesh):
     The body under vmap and a sum for each summed result, or its bulk form.
     """
     in_bulk = [bulk is not None and i in bulk.results for i in range(len(out_placed))]
-    rest, _ = dce(body, [not b for b in in_bulk], keep_inputs=True)
+    rest = body
+    if bulk is not None:
+        rest, _ = dce(body, [not b for b in in_bulk], keep_inputs=True)
     rest_placed = drop(out_placed, in_bulk)
     mapped = _vmap(jaxpr_as_fun(rest), in_placed, placement, n, mesh)
 
