@@ -45,8 +45,11 @@ def register_dce_rule(
     pe.dce_rules[primitive] = lambda used_outputs, *rest: rule(used_outputs, rest[-1])
 
 
-def open_consts(closed: Any) -> tuple[ClosedJaxpr, list[Any]]:
-    """Turns the constants of a jaxpr into trailing inputs; returns them beside it."""
-    jaxpr = closed.jaxpr
-    opened = jaxpr.replace(constvars=[], invars=[*jaxpr.invars, *jaxpr.constvars])
-    return ClosedJaxpr(opened, ()), list(closed.consts)
+def open_consts(jaxpr: Any, n: int) -> ClosedJaxpr:
+    """Turns the `n` constants of a just traced jaxpr into trailing inputs.
+
+    They are its leading inputs in JAX 0.12, and constvars in 0.10.
+    """
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    invars = [*variables[n:], *variables[:n]]
+    return ClosedJaxpr(jaxpr.replace(constvars=[], invars=invars), ())

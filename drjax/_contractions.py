@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.extend.core import Var, jaxpr_as_fun
+from jax.extend.core import Var
 from jax.interpreters import ad
 
 from drjax import _mesh
 from drjax._compat import ClosedJaxpr
-from drjax._jaxprs import cached_by_jaxpr, is_in, struct, trace
+from drjax._jaxprs import as_fun, cached_by_jaxpr, debug_info, is_in, struct, trace
 from drjax._map import Bulk, evaluate, make_bulk
 
 _LINEAR = {
@@ -76,7 +76,7 @@ def contraction_bulk(
         _mesh.placed_aval(aval, placement, n, mesh) if placed else aval
         for aval, placed in zip(body.in_avals, in_placed, strict=True)
     ]
-    return make_bulk(*trace(fun, avals), range(len(avals)), endings)
+    return make_bulk(*trace(fun, avals, debug_info(body)), range(len(avals)), endings)
 
 
 def _ending(body: ClosedJaxpr, out: Any) -> _Ending | None:
@@ -114,7 +114,7 @@ def _sum(s: ClosedJaxpr, a: list[Any], b: list[Any]) -> Any:
 
     def adjoint(a, w):
         def of_b(*b):
-            return jaxpr_as_fun(s)(*a, *b)[0]
+            return as_fun(s)(*a, *b)[0]
 
         return jax.linear_transpose(of_b, *b_structs)(w)
 

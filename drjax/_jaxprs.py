@@ -1,11 +1,15 @@
 """Small tools for jaxprs and for lists picked by flags."""
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.core import eval_jaxpr
+from jax.extend import linear_util as lu
 from jax.extend.core import Var, jaxprs_in_params
 from jax.interpreters import partial_eval as pe
 
@@ -14,17 +18,40 @@ from drjax._compat import ClosedJaxpr
 
 
 def trace(
-    fn: Callable[..., Any], avals: Sequence[Any]
+    fn: Callable[..., Any], avals: Sequence[Any], debug_info: Any
 ) -> tuple[ClosedJaxpr, list[Any]]:
-    """Traces to a jaxpr without constants, and what it closed over.
+    """Traces a function that returns a list; also returns what it closed over.
 
-    The latter, arrays or outer tracers, become its trailing inputs.
+    The latter, arrays or outer tracers, become the jaxpr's trailing inputs, so that it
+    has no constants. `debug_info` says for JAX's error messages which function this is.
     """
-    return _compat.open_consts(jax.make_jaxpr(fn)(*map(struct, avals)))
+    # A third of the cost of jax.make_jaxpr, which goes through a new jit.
+    fun = lu.wrap_init(fn, debug_info=debug_info)
+    jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(fun, list(avals))
+    return _compat.open_consts(jaxpr, len(consts)), list(consts)
+
+
+def debug_info(jaxpr: Any) -> Any:
+    """The debug information for a function that is derived from a jaxpr."""
+    return jaxpr.jaxpr.debug_info.with_unknown_names()
+
+
+def as_fun(jaxpr: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """The function `*inputs -> outputs` that a jaxpr without constants computes."""
+
+    def fun(*args: Any) -> list[Any]:
+        return eval_jaxpr(jaxpr.jaxpr, (), *args)
+
+    fun.__signature__ = _SIGNATURE
+    return fun
+
+
+# To find a signature costs JAX more than to vmap a small jaxpr.
+_SIGNATURE = inspect.signature(lambda *args: args)
 
 
 def struct(aval: Any) -> jax.ShapeDtypeStruct:
-    """What `jax.make_jaxpr` takes in place of a value of this type."""
+    """What JAX's transformations take in place of a value of this type."""
     return jax.ShapeDtypeStruct(
         aval.shape,
         aval.dtype,
@@ -38,8 +65,8 @@ def dce(
     jaxpr: ClosedJaxpr, used: Iterable[bool], *, keep_inputs: bool = False
 ) -> tuple[ClosedJaxpr, list[bool]]:
     """Drops outputs, and inputs that nothing uses then; says which inputs are used."""
-    opened, used_inputs = pe.dce_jaxpr(jaxpr.jaxpr, list(used), keep_inputs)[:2]
-    return ClosedJaxpr(opened, ()), used_inputs
+    pruned, used_inputs = _dce(jaxpr, tuple(used), keep_inputs)
+    return pruned, list(used_inputs)
 
 
 def without_effects(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
@@ -119,6 +146,74 @@ def cached_by_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:
         return of_jaxpr[key]
 
     return cached
+
+
+@cached_by_jaxpr
+def _dce(jaxpr: ClosedJaxpr, used: tuple[bool, ...], keep_inputs: bool) -> Any:
+    opened, used_inputs = pe.dce_jaxpr(jaxpr.jaxpr, list(used), keep_inputs)[:2]
+    return ClosedJaxpr(opened, ()), used_inputs
+
+
+def unique(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """A recent jaxpr that nobody can tell from this one; this one if there is none.
+
+    A function that is mapped in a loop, or differentiated again, is traced again. What
+    derives from a jaxpr is cached by it, so all of that need not be done again.
+    """
+    try:
+        same = _same(_key(jaxpr))
+    except TypeError:  # No key, or a parameter without a hash.
+        return jaxpr
+    return same[0] if same else same.append(jaxpr) or jaxpr
+
+
+@functools.lru_cache(maxsize=128)
+def _same(key: Any) -> list[ClosedJaxpr]:
+    return []
+
+
+def _key(jaxpr: Any) -> Any:
+    """A jaxpr as a value: its equations, and where in the source they come from.
+
+    Raises TypeError if that would keep alive more than equations (a constant, or the
+    rule of a custom_jvp with what it closes over) or very many of those. An effect
+    may hold anything.
+    """
+    jaxpr, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+    if jaxpr.constvars or consts or jaxpr.effects or len(jaxpr.eqns) > 1000:
+        raise TypeError
+    numbers: dict[Any, int] = {}
+
+    def atom(a: Any) -> Any:
+        if is_var(a):
+            return numbers.setdefault(a, len(numbers)), a.aval
+        return a.aval, type(a.val), np.asarray(a.val).tobytes()  # Tells 0.0 from -0.0.
+
+    def param(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value), *map(param, value)
+        if hasattr(value, "eqns"):
+            return _key(value)
+        is_data = not callable(value) or isinstance(value, type | jax.sharding.Mesh)
+        if not is_data or isinstance(value, lu.WrappedFun):
+            raise TypeError
+        return type(value), value
+
+    def equation(eqn: Any) -> Any:
+        return (
+            eqn.primitive,
+            *map(atom, eqn.invars),
+            *map(atom, eqn.outvars),
+            *((name, param(value)) for name, value in eqn.params.items()),
+            (eqn.ctx, eqn.source_info.traceback, eqn.source_info.name_stack),
+        )
+
+    return (
+        *map(atom, jaxpr.invars),
+        *map(equation, jaxpr.eqns),
+        *map(atom, jaxpr.outvars),
+        (jaxpr.debug_info.func_src_info, jaxpr.debug_info.arg_names),
+    )
 
 
 def pick(values: Iterable[Any], flags: Iterable[bool]) -> list[Any]:

@@ -23,7 +23,6 @@ from jax.core import eval_context
 from jax.extend.core import (
     Primitive,
     get_opaque_trace_state,
-    jaxpr_as_fun,
     mapped_aval,
 )
 from jax.interpreters import batching, mlir
@@ -31,13 +30,13 @@ from jax.sharding import AxisType
 
 from drjax import _compat, _mesh
 from drjax._compat import ClosedJaxpr
-from drjax._jaxprs import dce, drop, merge, pick, trace, where
+from drjax._jaxprs import as_fun, dce, debug_info, drop, merge, pick, trace, where
 
 map_p = Primitive("drjax_map")
 map_p.multiple_results = True
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Bulk:
     """Some results of a map as a jaxpr over whole `[n, ...]` arrays, see `make_bulk`.
 
@@ -120,12 +119,12 @@ def evaluate(body, bulk, in_placed, out_placed, placement, n, mesh):
     if bulk is not None:
         rest, _ = dce(body, [not b for b in in_bulk], keep_inputs=True)
     rest_placed = drop(out_placed, in_bulk)
-    mapped = _vmap(jaxpr_as_fun(rest), in_placed, placement, n, mesh)
+    mapped = _vmap(as_fun(rest), in_placed, placement, n, mesh)
 
     def run(*args):
         from_bulk, outs = [], []
         if bulk is not None:
-            computed = jaxpr_as_fun(bulk.jaxpr)(*(args[i] for i in bulk.operands))
+            computed = as_fun(bulk.jaxpr)(*(args[i] for i in bulk.operands))
             results = sorted(zip(bulk.results, computed, strict=True))
             from_bulk = [out for _, out in results]
         if not all(in_bulk) or rest.effects:
@@ -245,16 +244,18 @@ def _batch_jaxpr(jaxpr, axis_data, batched, avals, in_axes, out_axes):
     )
 
     def probe(*args):
-        outs = jaxpr_as_fun(jaxpr)(*args)
+        outs = as_fun(jaxpr)(*args)
         # Under vmap, an output that no batched input reaches is no tracer of that vmap,
         # or one without a batch axis.
         out_batched[:] = [getattr(out, "batch_dim", None) is not None for out in outs]
         return []
 
-    trace(vmap(probe, in_axes), avals)
+    info = debug_info(jaxpr)
+    trace(vmap(probe, in_axes), avals, info)
     axes = zip(out_axes, out_batched, strict=True)
     new_out_axes = [axis if b else None for axis, b in axes]
-    new_jaxpr, consts = trace(vmap(jaxpr_as_fun(jaxpr), in_axes, new_out_axes), avals)
+    new_fun = vmap(as_fun(jaxpr), in_axes, new_out_axes)
+    new_jaxpr, consts = trace(new_fun, avals, info)
     return new_jaxpr, out_batched, consts
 
 

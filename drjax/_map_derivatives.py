@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend import linear_util as lu
-from jax.extend.core import gensym, jaxpr_as_fun
+from jax.extend.core import gensym
 from jax.interpreters import ad
 from jax.interpreters import partial_eval as pe
 
@@ -31,8 +31,10 @@ from drjax import _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._contractions import contraction_bulk
 from drjax._jaxprs import (
+    as_fun,
     cached_by_jaxpr,
     dce,
+    debug_info,
     drop,
     holds,
     is_in,
@@ -84,13 +86,15 @@ def _jvp_jaxpr(jaxpr, nonzero):
         primals, tangents = args[: len(nonzero)], args[len(nonzero) :]
 
         def of_varying(*varying):
-            return jaxpr_as_fun(jaxpr)(*merge(nonzero, varying, drop(primals, nonzero)))
+            return as_fun(jaxpr)(*merge(nonzero, varying, drop(primals, nonzero)))
 
         outs, out_tangents = jax.jvp(of_varying, (*pick(primals, nonzero),), tangents)
         return [*outs, *pick(out_tangents, inexact)]
 
     tangent_avals = [aval.to_tangent_aval() for aval in pick(jaxpr.in_avals, nonzero)]
-    with_tangents, consts = trace(fun, [*jaxpr.in_avals, *tangent_avals])
+    with_tangents, consts = trace(
+        fun, [*jaxpr.in_avals, *tangent_avals], debug_info(jaxpr)
+    )
     # jax.jvp has made explicit zeros of the tangents that are always zero.
     n_in, n_out = len(nonzero), len(inexact)
     is_tangent = [
@@ -137,6 +141,7 @@ class _Split:
 @cached_by_jaxpr
 def _split(body, unknown_in, in_placed, out_placed) -> _Split:
     seen: dict[str, Any] = {}
+    info = debug_info(body)
 
     def known_fun(*known_args):
         values = iter(known_args)
@@ -146,14 +151,14 @@ def _split(body, unknown_in, in_placed, out_placed) -> _Split:
             else pe.PartialVal.known(next(values))
             for aval, unknown in zip(body.in_avals, unknown_in, strict=True)
         ]
-        fun = lu.wrap_init(jaxpr_as_fun(body), debug_info=body.jaxpr.debug_info)
+        fun = lu.wrap_init(as_fun(body), debug_info=info)
         jaxpr, outs, residuals = pe.trace_to_jaxpr_nounits(fun, partial_values, False)
         out_known = tuple(out.is_known() for out in outs)
         seen.update(jaxpr=jaxpr, out_known=out_known)
         return [*(out.get_known() for out in pick(outs, out_known)), *residuals]
 
     # Partial evaluation runs no user code, so it closes over nothing.
-    everything, consts = trace(known_fun, drop(body.in_avals, unknown_in))
+    everything, consts = trace(known_fun, drop(body.in_avals, unknown_in), info)
     assert not consts, consts
     out_known = seen["out_known"]
     invars, outvars = everything.jaxpr.invars, everything.jaxpr.outvars
@@ -188,7 +193,7 @@ def _split(body, unknown_in, in_placed, out_placed) -> _Split:
     def unknown_fun(*args):
         values = iter(args)
         env = {invars[i]: next(values) for i in forwarded_inputs}
-        recomputed = jaxpr_as_fun(recompute)(*(env[v] for v in pick(invars, used)))
+        recomputed = as_fun(recompute)(*(env[v] for v in pick(invars, used)))
         env |= {outvars[i]: next(values) for i in forwarded_outputs}
         from_known = [next(values) for _ in where(saved)]
         new = merge(drop(saved, forwarded), from_known, recomputed)
@@ -201,7 +206,7 @@ def _split(body, unknown_in, in_placed, out_placed) -> _Split:
         *(v.aval for v in pick(residuals, saved)),
         *pick(body.in_avals, unknown_in),
     ]
-    unknown, consts = trace(unknown_fun, unknown_avals)
+    unknown, consts = trace(unknown_fun, unknown_avals, info)
     assert not consts, consts
     n_residuals = len(unknown_avals) - sum(unknown_in)
     is_unknown = [i >= n_residuals for i in range(len(unknown_avals))]
@@ -377,9 +382,9 @@ def _transpose_jaxpr(jaxpr, linear, has_ct):
     closed over.
     """
     fun, avals = _transpose_fun(
-        jaxpr_as_fun(jaxpr), jaxpr.in_avals, jaxpr.out_avals, linear, has_ct
+        as_fun(jaxpr), jaxpr.in_avals, jaxpr.out_avals, linear, has_ct
     )
-    transposed, consts = trace(fun, avals)
+    transposed, consts = trace(fun, avals, debug_info(jaxpr))
     n_constant = len(linear) - sum(linear)
     is_ct = [
         n_constant <= i < n_constant + sum(has_ct)
@@ -432,7 +437,7 @@ def _transpose_bulk(
         has_ct,
     )
     try:
-        transposed, consts = trace(fun, avals)
+        transposed, consts = trace(fun, avals, debug_info(body))
     except NotImplementedError:  # JAX cannot transpose what vmap makes of some conds.
         return None
     pruned, _ = dce(transposed, nonzero, keep_inputs=True)

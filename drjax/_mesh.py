@@ -22,14 +22,16 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 def resolve(operator_name: str, mesh: Mesh | None, placement: Placement) -> Mesh | None:
     """The mesh to shard a placed value over; None where nothing is to be sharded."""
-    if mesh is None and placement.use_abstract_mesh:
+    if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()
-    if not isinstance(mesh, Mesh | None):
+        if mesh.empty or not placement.use_abstract_mesh:
+            return None
+    if not isinstance(mesh, Mesh):
         raise TypeError(
             f"drjax.{operator_name} over {placement.name!r}: `mesh` must be a "
             f"jax.sharding.Mesh or AbstractMesh, but got {mesh!r}."
         )
-    if mesh is None or mesh.empty:
+    if mesh.empty:
         return None
     name = placement.name
     axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

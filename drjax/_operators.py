@@ -7,16 +7,17 @@ its primitives are left.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.api_util import debug_info
 from jax.extend.core import mapped_aval
 
 from drjax import _compat, _map, _mesh, _program
 from drjax import _map_derivatives as _map_derivatives  # Registers map_p's rules.
-from drjax._jaxprs import trace
+from drjax._jaxprs import trace, unique
 from drjax._primitives import (
     broadcast_p,
     placement_index_p,
@@ -26,7 +27,13 @@ from drjax._primitives import (
     reduce_sum_p,
 )
 
-_PARAMETERS = ("placement", "n", "mesh")
+
+class _Site(NamedTuple):
+    """What every primitive of an operator is told: its parameters."""
+
+    placement: str
+    n: int
+    mesh: _mesh.Mesh | None
 
 
 def broadcast(
@@ -63,9 +70,9 @@ def broadcast(
     References:
       Rush et al., DrJAX, arXiv:2403.07128.
     """
-    params = _resolve("broadcast", placement, mesh)
-    x = _arrays("broadcast", x, params["placement"], numeric=False)
-    return _show_mesh(_bind_leaves(x, primitive=broadcast_p, **params), **params)
+    site = _resolve("broadcast", placement, mesh)
+    x = _arrays("broadcast", x, site, numeric=False)
+    return _show_mesh(_bind_leaves(broadcast_p, site, x), site)
 
 
 def map_fn(
@@ -112,18 +119,18 @@ def map_fn(
     References:
       Rush et al., DrJAX, arXiv:2403.07128.
     """
-    params = _resolve("map_fn", placement, mesh)
+    site = _resolve("map_fn", placement, mesh)
     if not callable(fn):
         raise TypeError(
-            f"drjax.map_fn over {params['placement']!r}: its first argument is the "
+            f"drjax.map_fn over {site.placement!r}: its first argument is the "
             f"function to map, but got {fn!r}."
         )
-    arg = _placed("map_fn", arg, **params)
+    arg = _placed("map_fn", arg, site)
     args = arg if isinstance(arg, tuple) else (arg,)
     if _map.is_eager():
         # Nobody reads a jaxpr here, so none is traced: a plain vmap does the same.
-        with _program.mapped_scope(params["placement"]):
-            return _map.run_eagerly(fn, args, **params)
+        with _program.mapped_scope(site.placement):
+            return _map.run_eagerly(fn, args, **site._asdict())
     flat, in_tree = jax.tree.flatten(args)
 
     out_trees: list[Any] = []
@@ -134,21 +141,22 @@ def map_fn(
         out_trees.append(out_tree)
         return leaves
 
-    flat_fn.__name__ = flat_fn.__qualname__ = _name(fn)  # For JAX's error messages.
-    elements = [mapped_aval(params["n"], 0, jax.typeof(x)) for x in flat]
-    with _program.mapped_scope(params["placement"]):
-        body, consts = trace(flat_fn, elements)
+    elements = [mapped_aval(site.n, 0, jax.typeof(x)) for x in flat]
+    with _program.mapped_scope(site.placement):
+        body, consts = trace(
+            flat_fn, elements, debug_info("drjax.map_fn", fn, args, {})
+        )
     outs = _map.bind(
         flat,
         consts,
-        body=body,
+        body=unique(body),
         in_placed=[True] * len(flat),
         out_placed=[True] * len(body.out_avals),
         name=_name(fn),
         bulk=None,
-        **params,
+        **site._asdict(),
     )
-    return _show_mesh(jax.tree.unflatten(out_trees[-1], outs), **params)
+    return _show_mesh(jax.tree.unflatten(out_trees[-1], outs), site)
 
 
 def reduce_sum(
@@ -185,8 +193,8 @@ def reduce_sum(
     References:
       Rush et al., DrJAX, arXiv:2403.07128.
     """
-    params = _resolve("reduce_sum", placement, mesh)
-    return _reduce_sum(_placed("reduce_sum", x, numeric=True, **params), **params)
+    site = _resolve("reduce_sum", placement, mesh)
+    return _reduce_sum(site, _placed("reduce_sum", x, site, numeric=True))
 
 
 def reduce_mean(
@@ -226,8 +234,8 @@ def reduce_mean(
     References:
       Rush et al., DrJAX, arXiv:2403.07128.
     """
-    params = _resolve("reduce_mean", placement, mesh)
-    return _reduce_mean(_placed("reduce_mean", x, numeric=True, **params), **params)
+    site = _resolve("reduce_mean", placement, mesh)
+    return _reduce_mean(site, _placed("reduce_mean", x, site, numeric=True))
 
 
 def reduce_weighted_mean(
@@ -274,23 +282,21 @@ def reduce_weighted_mean(
     References:
       Rush et al., DrJAX, arXiv:2403.07128.
     """
-    params = _resolve("reduce_weighted_mean", placement, mesh)
-    x = _placed("reduce_weighted_mean", x, numeric=True, **params)
-    w = _placed("reduce_weighted_mean", w, numeric=True, what="`w`", **params)
+    site = _resolve("reduce_weighted_mean", placement, mesh)
+    x = _placed("reduce_weighted_mean", x, site, numeric=True)
+    w = _placed("reduce_weighted_mean", w, site, numeric=True, what="`w`")
     xs, tree = jax.tree.flatten(x)
     defaults: list[Any] = [None] * len(xs)
-    weight_leaves = _prefix_leaves("w", w, x, params["placement"])
-    _check_weights(weight_leaves, x, params["placement"])
+    weight_leaves = _prefix_leaves("w", w, x, site)
+    _check_weights(weight_leaves, x, site)
     weights = list({id(leaf): leaf for leaf in weight_leaves}.values())
     ids = [id(leaf) for leaf in weights]
     if default is not None:
-        default = _arrays(
-            "reduce_weighted_mean", default, params["placement"], numeric=True
-        )
-        defaults = _prefix_leaves("default", default, x, params["placement"])
-        _check_defaults(defaults, x, params["placement"])
+        default = _arrays("reduce_weighted_mean", default, site, numeric=True)
+        defaults = _prefix_leaves("default", default, x, site)
+        _check_defaults(defaults, x, site)
     weight_of = tuple(ids.index(id(leaf)) for leaf in weight_leaves)
-    means = _reduce_weighted_mean(xs, weights, weight_of, defaults, **params)
+    means = _reduce_weighted_mean(site, weight_of, xs, weights, defaults)
     return jax.tree.unflatten(tree, means)
 
 
@@ -326,9 +332,9 @@ def reduce_max(
       >>> print(largest(jnp.array([1, 5, 2])))
       5
     """
-    params = _resolve("reduce_max", placement, mesh)
-    x = _placed("reduce_max", x, numeric=True, **params)
-    return _bind_leaves(x, primitive=reduce_max_p, **params)
+    site = _resolve("reduce_max", placement, mesh)
+    x = _placed("reduce_max", x, site, numeric=True)
+    return _bind_leaves(reduce_max_p, site, x)
 
 
 def reduce_min(
@@ -363,9 +369,9 @@ def reduce_min(
       >>> print(smallest(jnp.array([1, 5, 2])))
       1
     """
-    params = _resolve("reduce_min", placement, mesh)
-    x = _placed("reduce_min", x, numeric=True, **params)
-    return _bind_leaves(x, primitive=reduce_min_p, **params)
+    site = _resolve("reduce_min", placement, mesh)
+    x = _placed("reduce_min", x, site, numeric=True)
+    return _bind_leaves(reduce_min_p, site, x)
 
 
 def placement_size(*, placement: str | None = None) -> jax.Array:
@@ -393,8 +399,8 @@ def placement_size(*, placement: str | None = None) -> jax.Array:
       >>> print(size())
       3
     """
-    params = _resolve("placement_size", placement, None)
-    return _bind_constant(primitive=placement_size_p, **params)
+    site = _resolve("placement_size", placement, None)
+    return _bind_constant(placement_size_p, site)
 
 
 def placement_index(
@@ -424,56 +430,57 @@ def placement_index(
       >>> print(index())
       [0 1 2]
     """
-    params = _resolve("placement_index", placement, mesh)
-    return _show_mesh(_bind_constant(primitive=placement_index_p, **params), **params)
+    site = _resolve("placement_index", placement, mesh)
+    return _show_mesh(_bind_constant(placement_index_p, site), site)
 
 
 #
 # What the operators compute, on checked input.
 #
-@functools.partial(_compat.inlined_jit, static_argnames=("primitive", *_PARAMETERS))
-def _bind_leaves(tree, *, primitive, **params):
-    return jax.tree.map(lambda x: primitive.bind(x, **params), tree)
+@functools.partial(_compat.inlined_jit, static_argnums=(0, 1))
+def _bind_leaves(primitive, site, tree):
+    return jax.tree.map(lambda x: primitive.bind(x, **site._asdict()), tree)
 
 
-@functools.partial(_compat.inlined_jit, static_argnames=("primitive", *_PARAMETERS))
-def _bind_constant(*, primitive, **params):
-    return primitive.bind(**params)
+@functools.partial(_compat.inlined_jit, static_argnums=(0, 1))
+def _bind_constant(primitive, site):
+    return primitive.bind(**site._asdict())
 
 
-@functools.partial(_compat.inlined_jit, static_argnames=_PARAMETERS)
-def _reduce_sum(tree, **params):
+@functools.partial(_compat.inlined_jit, static_argnums=0)
+def _reduce_sum(site, tree):
     def leaf_sum(x):
-        return reduce_sum_p.bind(x.astype(_sum_dtype(x.dtype)), **params)
+        return reduce_sum_p.bind(x.astype(_sum_dtype(x.dtype)), **site._asdict())
 
     return jax.tree.map(leaf_sum, tree)
 
 
-@functools.partial(_compat.inlined_jit, static_argnames=_PARAMETERS)
-def _reduce_mean(tree, **params):
+@functools.partial(_compat.inlined_jit, static_argnums=0)
+def _reduce_mean(site, tree):
     def leaf_mean(x):
         compute, result = _mean_dtypes(x.dtype)
-        total = reduce_sum_p.bind(x.astype(compute), **params)
-        size = placement_size_p.bind(**params).astype(compute)
+        total = reduce_sum_p.bind(x.astype(compute), **site._asdict())
+        size = placement_size_p.bind(**site._asdict()).astype(compute)
         return (total / size).astype(result)
 
     return jax.tree.map(leaf_mean, tree)
 
 
-@functools.partial(_compat.inlined_jit, static_argnames=("weight_of", *_PARAMETERS))
-def _reduce_weighted_mean(xs, weights, weight_of, defaults, **params):
+@functools.partial(_compat.inlined_jit, static_argnums=(0, 1))
+def _reduce_weighted_mean(site, weight_of, xs, weights, defaults):
     """Means of the arrays `xs`; array `i` has weights `weights[weight_of[i]]`."""
 
     @functools.cache  # One sum for each weight leaf.
     def total(i, dtype):
-        return reduce_sum_p.bind(weights[i].astype(dtype), **params)
+        return reduce_sum_p.bind(weights[i].astype(dtype), **site._asdict())
 
     def mean(x, i, default):
         w = weights[i]
         compute, result = _mean_dtypes(jnp.promote_types(w.dtype, x.dtype))
         # One element's weight broadcasts against its value, so from the right.
         w = w.reshape(w.shape[0], *[1] * (x.ndim - w.ndim), *w.shape[1:])
-        weighted = reduce_sum_p.bind(w.astype(compute) * x.astype(compute), **params)
+        weighted = w.astype(compute) * x.astype(compute)
+        weighted = reduce_sum_p.bind(weighted, **site._asdict())
         sum_w = total(i, compute)
         if default is None:
             return (weighted / sum_w).astype(result)
@@ -504,16 +511,17 @@ def _name(fn: Callable[..., Any]) -> str:
     return name if isinstance(name, str) else type(fn).__name__
 
 
-def _show_mesh(placed: Any, *, placement: str, n: int, mesh: _mesh.Mesh | None) -> Any:
+def _show_mesh(placed: Any, site: _Site) -> Any:
     """Constrains a placed pytree to a concrete mesh, in sight of `jax.jit`.
 
     The primitives do so when they are lowered. By then jit has chosen its devices, from
     its arguments, `jax.set_mesh` and the constraints that it sees.
     """
-    if not isinstance(mesh, jax.sharding.Mesh):
+    if not isinstance(site.mesh, jax.sharding.Mesh):
         return placed
-    shard = functools.partial(_mesh.shard_placed, placement=placement, mesh=mesh)
-    return jax.tree.map(shard, placed)
+    return jax.tree.map(
+        lambda x: _mesh.shard_placed(x, site.placement, site.mesh), placed
+    )
 
 
 #
@@ -521,25 +529,27 @@ def _show_mesh(placed: Any, *, placement: str, n: int, mesh: _mesh.Mesh | None) 
 #
 def _resolve(
     operator_name: str, placement: str | None, mesh: _mesh.Mesh | None
-) -> dict[str, Any]:
-    """The parameters that every primitive of an operator shares."""
+) -> _Site:
     found = _program.resolve(operator_name, placement)
-    mesh = _mesh.resolve(operator_name, mesh, found)
-    return dict(placement=found.name, n=found.size, mesh=mesh)
+    return _Site(found.name, found.size, _mesh.resolve(operator_name, mesh, found))
 
 
-def _arrays(operator_name: str, tree: Any, placement: str, *, numeric: bool) -> Any:
+def _leaves(tree: Any) -> list[Any]:
+    return [tree] if isinstance(tree, jax.Array) else jax.tree.leaves(tree)
+
+
+def _arrays(operator_name: str, tree: Any, site: _Site, *, numeric: bool) -> Any:
     """Checks that all leaves are arrays or numbers; makes JAX arrays of them."""
+    over = f"drjax.{operator_name} over {site.placement!r}"
     all_jax = True
-    for leaf in jax.tree.leaves(tree):
+    for leaf in _leaves(tree):
         if isinstance(leaf, jax.Array) and isinstance(leaf.dtype, np.dtype):
             continue
         dtype = getattr(leaf, "dtype", None)
         if dtype == jax.dtypes.float0 and operator_name != "map_fn":
             raise TypeError(
-                f"drjax.{operator_name} over {placement!r}: {_where(tree, leaf)} has "
-                "dtype float0, the derivative of an integer, which is never more than "
-                "zero. Leave it out."
+                f"{over}: {_where(tree, leaf)} has dtype float0, the derivative of an "
+                "integer, which is never more than zero. Leave it out."
             )
         if isinstance(dtype, np.dtype) and dtype.kind not in "OSUMm":
             all_jax = False
@@ -549,15 +559,14 @@ def _arrays(operator_name: str, tree: Any, placement: str, *, numeric: bool) -> 
             continue
         if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.extended):
             raise TypeError(
-                f"drjax.{operator_name} over {placement!r}: every leaf must be an "
-                f"array, but {_where(tree, leaf)} is {leaf!r} of type "
-                f"{type(leaf).__name__}. Leave it out, or close over it."
+                f"{over}: every leaf must be an array, but {_where(tree, leaf)} is "
+                f"{leaf!r} of type {type(leaf).__name__}. Leave it out, or close over "
+                "it."
             )
         if numeric:
             raise TypeError(
-                f"drjax.{operator_name} over {placement!r}: {_where(tree, leaf)} has "
-                f"dtype {dtype}, which cannot be reduced. Reduce the numbers that you "
-                "derive from it."
+                f"{over}: {_where(tree, leaf)} has dtype {dtype}, which cannot be "
+                "reduced. Reduce the numbers that you derive from it."
             )
     return tree if all_jax else jax.tree.map(_as_jax, tree)
 
@@ -570,24 +579,22 @@ def _as_jax(leaf: Any) -> Any:
 def _placed(
     operator_name: str,
     tree: Any,
+    site: _Site,
     *,
-    placement: str,
-    n: int,
-    mesh: _mesh.Mesh | None,
     numeric: bool = False,
     what: str = "the argument",
 ) -> Any:
     """Checks that all leaves are arrays with a leading axis `n`."""
-    del mesh
-    tree = _arrays(operator_name, tree, placement, numeric=numeric)
-    for leaf in jax.tree.leaves(tree):
-        shape = np.shape(leaf)
-        if not shape or shape[0] != n:
+    tree = _arrays(operator_name, tree, site, numeric=numeric)
+    for leaf in _leaves(tree):
+        shape = leaf.shape
+        if not shape or shape[0] != site.n:
             raise ValueError(
-                f"drjax.{operator_name} over {placement!r}: every leaf needs leading "
-                f"axis {n}, but {_where(tree, leaf, what)} has shape {shape}. If it is "
-                "a server value, broadcast it first, or close over it; if it is "
-                f"placed, the program is declared with the wrong size {n}."
+                f"drjax.{operator_name} over {site.placement!r}: every leaf needs "
+                f"leading axis {site.n}, but {_where(tree, leaf, what)} has shape "
+                f"{shape}. If it is a server value, broadcast it first, or close over "
+                "it; if it is placed, the program is declared with the wrong size "
+                f"{site.n}."
             )
     return tree
 
@@ -602,41 +609,42 @@ def _where(tree: Any, leaf: Any, what: str = "the argument") -> str:
     return f"leaf {jax.tree_util.keystr(path)}{of}"
 
 
-def _prefix_leaves(name: str, prefix: Any, x: Any, placement: str) -> list[Any]:
+def _prefix_leaves(name: str, prefix: Any, x: Any, site: _Site) -> list[Any]:
     """For each leaf of `x`, the leaf of `prefix` that stands for it."""
     try:
         return jax.tree.leaves(jax.tree.broadcast(prefix, x))
     except ValueError as error:
         raise ValueError(
-            f"drjax.reduce_weighted_mean over {placement!r}: {name!r} must be one "
+            f"drjax.reduce_weighted_mean over {site.placement!r}: {name!r} must be one "
             f"array, or a pytree that is a prefix of the values, but it has structure "
             f"{jax.tree.structure(prefix)} and the values {jax.tree.structure(x)}."
         ) from error
 
 
-def _check_weights(weight_leaves: list[Any], x: Any, placement: str) -> None:
+def _check_weights(weight_leaves: list[Any], x: Any, site: _Site) -> None:
     """Checks that each element's weight broadcasts to the shape of its value."""
     leaves = jax.tree_util.tree_leaves_with_path(x)
     for weight, (path, value) in zip(weight_leaves, leaves, strict=True):
         if not _broadcasts(np.shape(weight)[1:], np.shape(value)[1:]):
             raise ValueError(
-                f"drjax.reduce_weighted_mean over {placement!r}: the weights of leaf "
-                f"{jax.tree_util.keystr(path) or 'x'} have shape {np.shape(weight)}, "
-                f"which does not broadcast to its shape {np.shape(value)} element by "
-                "element. One weight per element has shape "
-                f"{np.shape(value)[:1]}. Or are values and weights swapped?"
+                f"drjax.reduce_weighted_mean over {site.placement!r}: the weights of "
+                f"leaf {jax.tree_util.keystr(path) or 'x'} have shape "
+                f"{np.shape(weight)}, which does not broadcast to its shape "
+                f"{np.shape(value)} element by element. One weight per element has "
+                f"shape {np.shape(value)[:1]}. Or are values and weights swapped?"
             )
 
 
-def _check_defaults(defaults: list[Any], x: Any, placement: str) -> None:
+def _check_defaults(defaults: list[Any], x: Any, site: _Site) -> None:
     """Checks that each default broadcasts to the shape of its mean."""
     leaves = jax.tree_util.tree_leaves_with_path(x)
     for default, (path, value) in zip(defaults, leaves, strict=True):
         if not _broadcasts(np.shape(default), np.shape(value)[1:]):
             raise ValueError(
-                f"drjax.reduce_weighted_mean over {placement!r}: the default of leaf "
-                f"{jax.tree_util.keystr(path) or 'x'} has shape {np.shape(default)}, "
-                f"which does not broadcast to its mean's, {np.shape(value)[1:]}."
+                f"drjax.reduce_weighted_mean over {site.placement!r}: the default of "
+                f"leaf {jax.tree_util.keystr(path) or 'x'} has shape "
+                f"{np.shape(default)}, which does not broadcast to its mean's, "
+                f"{np.shape(value)[1:]}."
             )
 
 

@@ -1,6 +1,8 @@
 """What stays in a jaxpr, what is compiled, what happens once, and what is let go."""
 
+import functools
 import gc
+import itertools
 import weakref
 
 import jax
@@ -423,19 +425,68 @@ def test_the_rule_of_a_custom_derivative_may_close_over_arrays():
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def bodies(jaxpr):
+    maps = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "drjax_map"]
+    return [eqn.params["body"] for eqn in maps]
+
+
+def test_a_body_traced_again_is_the_same_body():
+    @drjax.program(clients=N)
+    def run(x, factors):
+        for factor in factors:
+            x = drjax.map_fn(lambda v, f=factor: jnp.sin(v) * f, x)
+        return x
+
+    traced = jax.make_jaxpr(run, static_argnums=1)
+    same, again, other = (
+        bodies(traced(jnp.ones(N), factors)) for factors in ((2, 2), (2,), (3,))
+    )
+    assert len({id(body) for body in same + again}) == 1
+    assert other[0] is not same[0]
+
+
+def test_bodies_that_differ_are_told_apart():
+    constants = (0.0, -0.0, np.nan, 1, 1.0, True, 1j, np.int8(1), np.float16(1))
+    inputs = (jnp.ones(N), jnp.ones(N, int), jnp.ones(N, jnp.bfloat16))
+    for c, x in itertools.product(constants, inputs):
+        times = functools.partial(lambda c, v: v * c, c)
+        run = drjax.program(clients=N)(functools.partial(drjax.map_fn, times))
+        got = jax.jit(run)(x)
+        want = jax.vmap(times)(x)
+        assert got.dtype == want.dtype
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes(), (c, x)
+
+
 def test_no_cache_keeps_a_dropped_program_alive():
-    bodies = []
-    for i in range(1000):
+    class Held:  # What programs and mapped functions close over.
+        value = 2.0
+
+    def build(i):
+        held = Held()
+
+        @jax.custom_jvp
+        def double(x):
+            return x * held.value
+
+        double.defjvp(lambda p, t: (p[0] * held.value, t[0] * held.value))
 
         @drjax.program(clients=M)
-        def run(w, i=i):
-            return drjax.reduce_sum(drjax.map_fn(lambda x: x * w * i, PODS[:, 0, 0]))
+        def run(w):
+            placed = drjax.map_fn(lambda x: x * i, PODS[:, 0, 0])
+            placed = drjax.map_fn(lambda x: double(x) * w * held.value, placed)
+            return drjax.reduce_sum(placed)
 
-        jaxpr = jax.make_jaxpr(jax.grad(run))(2.0)
-        maps = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "drjax_map"]
-        bodies += [weakref.ref(eqn.params["body"]) for eqn in maps]
-        del jaxpr, run, maps
+        return jax.make_jaxpr(jax.grad(run))(2.0), weakref.ref(held)
+
+    helds, all_bodies = [], []
+    for i in range(1000):
+        jaxpr, held = build(i)
+        helds.append(held)
+        all_bodies += map(weakref.ref, bodies(jaxpr))
+        del jaxpr
     gc.collect()
-    assert len(bodies) >= 2000
+    assert len(all_bodies) >= 2000
     # JAX itself keeps what it traced last.
-    assert sum(body() is not None for body in bodies) < 20
+    assert sum(held() is not None for held in helds) < 20
+    # We keep 128 small bodies, equations alone, and a few that derive from each.
+    assert sum(body() is not None for body in all_bodies) < 128 * 3 + 20
