@@ -105,7 +105,8 @@ def map_fn(
       OperatorUndefinedError: outside a program.
       ValueError: if a leaf of `arg` has no leading axis of size `n`, or the placement
         is unknown, ambiguous, or does not fit the mesh.
-      TypeError: if `fn` is not callable, or a leaf is not an array.
+      TypeError: if `fn` is not callable, or a leaf of `arg` or of what `fn` returns is
+        not an array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,16 +128,20 @@ def map_fn(
         )
     arg = _placed("map_fn", arg, site)
     args = arg if isinstance(arg, tuple) else (arg,)
+
+    def checked_fn(*args: Any) -> Any:
+        return _results(fn(*args), site)
+
     if _map.is_eager():
         # Nobody reads a jaxpr here, so none is traced: a plain vmap does the same.
         with _program.mapped_scope(site.placement):
-            return _map.run_eagerly(fn, args, **site._asdict())
+            return _map.run_eagerly(checked_fn, args, **site._asdict())
     flat, in_tree = jax.tree.flatten(args)
 
     out_trees: list[Any] = []
 
     def flat_fn(*elements: Any) -> list[Any]:
-        out = fn(*jax.tree.unflatten(in_tree, elements))
+        out = checked_fn(*jax.tree.unflatten(in_tree, elements))
         leaves, out_tree = jax.tree.flatten(out)
         out_trees.append(out_tree)
         return leaves
@@ -596,6 +601,20 @@ def _placed(
                 "it; if it is placed, the program is declared with the wrong size "
                 f"{site.n}."
             )
+    return tree
+
+
+def _results(tree: Any, site: _Site) -> Any:
+    """Checks that all leaves of what a mapped function returns are arrays."""
+    for leaf in _leaves(tree):
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            raise TypeError(
+                f"drjax.map_fn over {site.placement!r}: the mapped function must "
+                f"return a pytree of arrays, but {_where(tree, leaf, 'its result')} is "
+                f"{leaf!r} of type {type(leaf).__name__}."
+            ) from None
     return tree
 
 

@@ -210,6 +210,13 @@ def test_what_is_mapped_must_be_a_function(how):
         how(program(lambda x: drjax.map_fn(x, x)))(X)
 
 
+@HOW
+def test_what_a_mapped_function_returns_must_be_arrays(how):
+    says = r"map_fn over 'clients'.* leaf \['b'\] of its result is 'text' of type str"
+    with pytest.raises(TypeError, match=says):
+        how(program(lambda x: drjax.map_fn(lambda v: {"a": v, "b": "text"}, x)))(X)
+
+
 #
 # Silence.
 #
