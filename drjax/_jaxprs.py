@@ -3,18 +3,27 @@
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.core import eval_jaxpr
+from jax.core import eval_context, eval_jaxpr
 from jax.extend import linear_util as lu
-from jax.extend.core import Var, jaxprs_in_params
+from jax.extend.core import Var, get_opaque_trace_state, jaxprs_in_params
 from jax.interpreters import partial_eval as pe
 
 from drjax import _compat
 from drjax._compat import ClosedJaxpr
+
+
+def is_eager() -> bool:
+    """Whether operations run at once, under no transformation at all."""
+    return get_opaque_trace_state() == _EAGER
+
+
+with eval_context():
+    _EAGER = get_opaque_trace_state()
 
 
 def trace(
@@ -124,13 +133,13 @@ def is_in(atom: Any, variables: Any) -> bool:
     return is_var(atom) and atom in variables
 
 
-def holds(jaxpr: Any, primitive_name: str) -> bool:
-    """Whether a jaxpr or one inside it has an equation of that name."""
-    return any(
-        eqn.primitive.name == primitive_name
-        or any(holds(inner, primitive_name) for inner in jaxprs_in_params(eqn.params))
-        for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns
-    )
+def equations(jaxpr: Any, primitive_name: str) -> Iterator[Any]:
+    """The equations of that name in a jaxpr and those inside it."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == primitive_name:
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner, primitive_name)
 
 
 def cached_by_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,18 +19,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_context
-from jax.extend.core import (
-    Primitive,
-    get_opaque_trace_state,
-    mapped_aval,
-)
+from jax.extend.core import Primitive, mapped_aval
 from jax.interpreters import batching, mlir
-from jax.sharding import AxisType
 
 from drjax import _compat, _mesh
 from drjax._compat import ClosedJaxpr
-from drjax._jaxprs import as_fun, dce, debug_info, drop, merge, pick, trace, where
+from drjax._jaxprs import (
+    as_fun,
+    dce,
+    debug_info,
+    drop,
+    equations,
+    merge,
+    pick,
+    trace,
+    where,
+)
 
 map_p = Primitive("drjax_map")
 map_p.multiple_results = True
@@ -102,26 +106,33 @@ def bind(
 # Value and type.
 #
 def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk):
-    shard = functools.partial(_mesh.shard_placed, placement=placement, mesh=mesh)
-    args = [shard(x) if p else x for x, p in zip(args, in_placed, strict=True)]
     with jax.named_scope(name):
-        outs = evaluate(body, bulk, in_placed, out_placed, placement, n, mesh)(*args)
-    return [shard(x) if p else x for x, p in zip(outs, out_placed, strict=True)]
+        return evaluate(body, bulk, in_placed, out_placed, placement, n, mesh)(*args)
 
 
 def evaluate(body, bulk, in_placed, out_placed, placement, n, mesh):
-    """The function of whole arrays that a map computes, but for their sharding.
+    """The function of whole arrays that a map computes.
 
-    The body under vmap and a sum for each summed result, or its bulk form.
+    The body under vmap and a sum for each summed result, or its bulk form. Placed
+    arguments and results are sharded over the placement.
     """
+
+    def shard(xs, placed):
+        return [
+            _mesh.shard_placed(x, placement, mesh) if p else x
+            for x, p in zip(xs, placed, strict=True)
+        ]
+
     in_bulk = [bulk is not None and i in bulk.results for i in range(len(out_placed))]
     rest = body
     if bulk is not None:
         rest, _ = dce(body, [not b for b in in_bulk], keep_inputs=True)
     rest_placed = drop(out_placed, in_bulk)
-    mapped = _vmap(as_fun(rest), in_placed, placement, n, mesh)
+    spmd = _mesh.is_auto(mesh) and not _has_partial_shard_map(rest, placement)
+    mapped = _vmap(as_fun(rest), in_placed, n, placement if spmd else None)
 
     def run(*args):
+        args = shard(args, in_placed)
         from_bulk, outs = [], []
         if bulk is not None:
             computed = as_fun(bulk.jaxpr)(*(args[i] for i in bulk.operands))
@@ -132,33 +143,26 @@ def evaluate(body, bulk, in_placed, out_placed, placement, n, mesh):
                 out if placed else jnp.sum(out, axis=0).astype(out.dtype)
                 for out, placed in zip(mapped(*args), rest_placed, strict=True)
             ]
-        return merge(in_bulk, from_bulk, outs)
+        return shard(merge(in_bulk, from_bulk, outs), out_placed)
 
     return run
 
 
-def _vmap(fn, in_placed, placement, n, mesh):
+def _vmap(fn, in_placed, n, spmd_axis_name):
     in_axes = tuple(0 if placed else None for placed in in_placed)
-    # In a partly manual shard_map, vmap does not take the name of an automatic axis.
-    automatic = mesh is not None and {*mesh.axis_types} == {AxisType.Auto}
-    spmd_axis_name = placement if automatic else None
     return jax.vmap(fn, in_axes, axis_size=n, spmd_axis_name=spmd_axis_name)
 
 
-def is_eager() -> bool:
-    """Whether operations run at once, under no transformation at all."""
-    return get_opaque_trace_state() == _EAGER
+def _has_partial_shard_map(body, placement):
+    """Whether a shard_map in the body leaves the placement's axis alone.
 
-
-with eval_context():
-    _EAGER = get_opaque_trace_state()
-
-
-def run_eagerly(fn, args, *, placement, n, mesh):
-    """Applies a function to all elements of placed pytrees, without a jaxpr."""
-    shard = functools.partial(_mesh.shard_placed, placement=placement, mesh=mesh)
-    mapped = _vmap(fn, [True] * len(args), placement, n, mesh)
-    return jax.tree.map(shard, mapped(*jax.tree.map(shard, args)))
+    vmap refuses the name of that axis then, and without it keeps the axis sharded; at
+    one over all axes it would gather without the name.
+    """
+    return any(
+        placement not in eqn.params["newly_manual_axes"]
+        for eqn in equations(body, "shard_map")
+    )
 
 
 def abstract_eval(*_, body, out_placed, placement, n, mesh, **__):

@@ -36,7 +36,7 @@ from drjax._jaxprs import (
     dce,
     debug_info,
     drop,
-    holds,
+    equations,
     is_in,
     is_var,
     merge,
@@ -420,7 +420,7 @@ def _transpose_bulk(
     None for what linearizing leaves of a custom_vjp, whose rule need not be linear: the
     transpose applies it to each element's cotangent, and this would, to their sum.
     """
-    if holds(body, "custom_lin"):
+    if any(equations(body, "custom_lin")):
         return None
 
     def whole(avals, placed):

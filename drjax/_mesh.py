@@ -7,29 +7,47 @@ that it is never hidden from jit.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.api_util
 import jax.extend
+from jax.core import ShapedArray
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from drjax import _compat
-from drjax._program import Placement
+from drjax._jaxprs import is_eager, trace
 
+if TYPE_CHECKING:
+    from drjax._program import Placement
+
+_T = TypeVar("_T")
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
-def resolve(operator_name: str, mesh: Mesh | None, placement: Placement) -> Mesh | None:
+def resolve(
+    operator_name: str, mesh: Mesh | None, placement: "Placement"
+) -> Mesh | None:
     """The mesh to shard a placed value over; None where nothing is to be sharded."""
     if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or not placement.use_abstract_mesh:
+        if mesh.empty:
+            mesh = placement.mesh
+        if mesh is None or not placement.use_abstract_mesh:
             return None
     if not isinstance(mesh, Mesh):
         raise TypeError(
             f"drjax.{operator_name} over {placement.name!r}: `mesh` must be a "
             f"jax.sharding.Mesh or AbstractMesh, but got {mesh!r}."
+        )
+    if is_eager() and not _same_axes(mesh, jax.sharding.get_abstract_mesh()):
+        raise ValueError(
+            f"drjax.{operator_name} over {placement.name!r}: `mesh` has the axes "
+            f"{dict(mesh.shape)}, and the mesh that jax.set_mesh installed has others, "
+            f"{dict(jax.sharding.get_abstract_mesh().shape)}. JAX runs that under "
+            "jax.jit only: use it, or one mesh."
         )
     if mesh.empty:
         return None
@@ -65,8 +83,56 @@ def resolve(operator_name: str, mesh: Mesh | None, placement: Placement) -> Mesh
     return mesh
 
 
+def _same_axes(mesh: Mesh, installed: Mesh) -> bool:
+    return installed.empty or mesh.shape == installed.shape
+
+
+def of_with_statement() -> jax.sharding.Mesh | None:
+    """The mesh of a `with mesh:`, the way before `jax.set_mesh`, while tracing.
+
+    No function tells it, but a sharding constraint finds it.
+    """
+    if is_eager() or not jax.sharding.get_abstract_mesh().empty:
+        return None
+    scalar = ShapedArray((), jax.numpy.dtype("float32"))
+    try:
+        jaxpr, _ = trace(_constrained, [scalar], _CONSTRAINED_INFO)
+    except RuntimeError:  # There is none.
+        return None
+    return jaxpr.jaxpr.eqns[0].params["sharding"].mesh
+
+
+def _constrained(x: Any) -> list[Any]:
+    return [jax.lax.with_sharding_constraint(x, P())]
+
+
+_CONSTRAINED_INFO = jax.api_util.debug_info("drjax", _constrained, (0.0,), {})
+
+
+def is_auto(mesh: Mesh | None) -> bool:
+    return mesh is not None and {*mesh.axis_types} == {AxisType.Auto}
+
+
 def is_explicit(mesh: Mesh | None) -> bool:
     return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def in_element(fn: Callable[[], _T], placement: str, n: int, mesh: Mesh | None) -> _T:
+    """Calls `fn` as what one element runs.
+
+    Under an explicit mesh that is in a vmap over the placement's axis, which tells a
+    `jax.shard_map` over all axes to leave this one out.
+    """
+    if not is_explicit(mesh):
+        return fn()
+    results = []
+    indices = jax.ShapeDtypeStruct(
+        (n,),
+        "int32",
+        sharding=NamedSharding(mesh, P(placement)),  # pyright: ignore
+    )
+    jax.eval_shape(jax.vmap(lambda _: results.append(fn())), indices)
+    return results[0]
 
 
 def shard_placed(x: Any, placement: str, mesh: Mesh | None) -> Any:
@@ -77,8 +143,13 @@ def shard_placed(x: Any, placement: str, mesh: Mesh | None) -> Any:
 @functools.partial(_compat.inlined_jit, static_argnames=("placement", "mesh"))
 def _shard_placed(x: Any, placement: str, mesh: Mesh) -> Any:
     if is_explicit(mesh):
-        spec = jax.typeof(x).sharding.spec
-        return jax.sharding.reshard(x, NamedSharding(mesh, P(placement, *spec[1:])))
+        spec = [
+            None
+            if placement in (axes if isinstance(axes, tuple) else (axes,))
+            else axes
+            for axes in jax.typeof(x).sharding.spec[1:]
+        ]
+        return jax.sharding.reshard(x, NamedSharding(mesh, P(placement, *spec)))
     spec = P(placement, *[P.UNCONSTRAINED] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 

@@ -17,7 +17,7 @@ from jax.extend.core import mapped_aval
 
 from drjax import _compat, _map, _mesh, _program
 from drjax import _map_derivatives as _map_derivatives  # Registers map_p's rules.
-from drjax._jaxprs import trace, unique
+from drjax._jaxprs import is_eager, trace, unique
 from drjax._primitives import (
     broadcast_p,
     placement_index_p,
@@ -132,10 +132,10 @@ def map_fn(
     def checked_fn(*args: Any) -> Any:
         return _results(fn(*args), site)
 
-    if _map.is_eager():
+    if site.mesh is None and is_eager():
         # Nobody reads a jaxpr here, so none is traced: a plain vmap does the same.
         with _program.mapped_scope(site.placement):
-            return _map.run_eagerly(checked_fn, args, **site._asdict())
+            return jax.vmap(checked_fn, axis_size=site.n)(*args)
     flat, in_tree = jax.tree.flatten(args)
 
     out_trees: list[Any] = []
@@ -147,9 +147,10 @@ def map_fn(
         return leaves
 
     elements = [mapped_aval(site.n, 0, jax.typeof(x)) for x in flat]
+    info = debug_info("drjax.map_fn", fn, args, {})
     with _program.mapped_scope(site.placement):
-        body, consts = trace(
-            flat_fn, elements, debug_info("drjax.map_fn", fn, args, {})
+        body, consts = _mesh.in_element(
+            lambda: trace(flat_fn, elements, info), **site._asdict()
         )
     outs = _map.bind(
         flat,
@@ -522,11 +523,14 @@ def _show_mesh(placed: Any, site: _Site) -> Any:
     The primitives do so when they are lowered. By then jit has chosen its devices, from
     its arguments, `jax.set_mesh` and the constraints that it sees.
     """
-    if not isinstance(site.mesh, jax.sharding.Mesh):
-        return placed
-    return jax.tree.map(
-        lambda x: _mesh.shard_placed(x, site.placement, site.mesh), placed
+    return _shard(placed, site) if isinstance(site.mesh, jax.sharding.Mesh) else placed
+
+
+def _shard(placed: Any, site: _Site) -> Any:
+    shard = functools.partial(
+        _mesh.shard_placed, placement=site.placement, mesh=site.mesh
     )
+    return jax.tree.map(shard, placed)
 
 
 #
@@ -601,6 +605,8 @@ def _placed(
                 "it; if it is placed, the program is declared with the wrong size "
                 f"{site.n}."
             )
+    if _mesh.is_explicit(site.mesh):  # There, the sharding is part of the type.
+        return _shard(tree, site)
     return tree
 
 

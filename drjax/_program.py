@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from drjax import _mesh
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -38,6 +40,7 @@ class Placement(NamedTuple):
     name: str
     size: int
     use_abstract_mesh: bool
+    mesh: jax.sharding.Mesh | None  # That of a `with mesh:` around the program.
     own: bool  # Declared by the innermost program, so it may be left unnamed.
     mapped: bool  # Its `map_fn` body is being traced: it is out of reach there.
 
@@ -114,6 +117,7 @@ def program(
             _checked_name(name),
             _checked_size(name, size),
             bool(use_abstract_mesh),
+            mesh=None,
             own=True,
             mapped=False,
         )
@@ -135,6 +139,8 @@ def program(
 def _call_in_scope(
     declared: tuple[Placement, ...], fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
+    if (mesh := _mesh.of_with_statement()) is not None:
+        declared = tuple(p._replace(mesh=mesh) for p in declared)
     scope = declared
     if (outer := _scope.value) and not _in_custom_rule():
         names = {p.name for p in declared}
