@@ -17,10 +17,9 @@ from jax import lax
 from jax.extend.core import Var
 from jax.interpreters import ad
 
-from drjax import _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import as_fun, cached_by_jaxpr, debug_info, is_in, struct, trace
-from drjax._map import Bulk, evaluate, make_bulk
+from drjax._map import Bulk, evaluate, make_bulk, whole
 
 _LINEAR = {
     lax.broadcast_in_dim_p,
@@ -48,9 +47,7 @@ def contraction_bulk(
     body: ClosedJaxpr,
     in_placed: tuple[bool, ...],
     out_placed: tuple[bool, ...],
-    placement: str,
-    n: int,
-    mesh: _mesh.Mesh | None,
+    m: int,
 ) -> Bulk | None:
     """The bulk form of those summed results of a map that end with contractions."""
     endings = {
@@ -62,8 +59,7 @@ def contraction_bulk(
         return None
     operands = [v for ending in endings.values() for v in (*ending.a, *ending.b)]
     before = ClosedJaxpr(body.jaxpr.replace(outvars=operands), ())
-    all_placed = [True] * len(operands)
-    run = evaluate(before, None, in_placed, all_placed, placement, n, mesh)
+    run = evaluate(before, None, in_placed, [True] * len(operands), m)
 
     def fun(*args: Any) -> list[Any]:
         value_of = dict(zip(operands, run(*args), strict=True))
@@ -72,10 +68,7 @@ def contraction_bulk(
             for e in endings.values()
         ]
 
-    avals = [
-        _mesh.placed_aval(aval, placement, n, mesh) if placed else aval
-        for aval, placed in zip(body.in_avals, in_placed, strict=True)
-    ]
+    avals = whole(body.in_avals, in_placed, m)
     return make_bulk(*trace(fun, avals, debug_info(body)), range(len(avals)), endings)
 
 

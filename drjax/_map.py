@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, mapped_aval
+from jax.extend.core import Primitive, mapped_aval, unmapped_aval
 from jax.interpreters import batching, mlir
 
 from drjax import _compat, _mesh
@@ -42,11 +42,15 @@ map_p.multiple_results = True
 
 @dataclasses.dataclass(frozen=True)
 class Bulk:
-    """Some results of a map as a jaxpr over whole `[n, ...]` arrays, see `make_bulk`.
+    """Some results of a map as a jaxpr over many elements at once, see `make_bulk`.
 
     Only evaluation reads it; `body` alone says what the map means. The transpose of a
-    map has one, since the sum of n per-element cotangents of a shared matrix is n outer
+    map has one, since the sum of m per-element cotangents of a shared matrix is m outer
     products and a sum, where the transpose of the vmapped body contracts at once.
+
+    Its placed values are `[m, ...]`, of the m elements in one shard (`_mesh.per_shard`;
+    all n without a mesh), so that what the shards contribute to a sum is summed at each
+    first, and between them once.
     """
 
     jaxpr: ClosedJaxpr
@@ -73,6 +77,14 @@ class Bulk:
             tuple(operands.index(i) for i in needed),
             tuple(results.index(r) for r in pick(self.results, kept)),
         )
+
+
+def whole(avals: Sequence[Any], placed: Sequence[bool], m: int) -> list[Any]:
+    """The types of a bulk form's values, given those of one element."""
+    return [
+        unmapped_aval(m, 0, aval) if p else aval
+        for aval, p in zip(avals, placed, strict=True)
+    ]
 
 
 def make_bulk(
@@ -107,10 +119,10 @@ def bind(
 #
 def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk):
     with jax.named_scope(name):
-        return evaluate(body, bulk, in_placed, out_placed, placement, n, mesh)(*args)
+        return evaluate(body, bulk, in_placed, out_placed, n, placement, mesh)(*args)
 
 
-def evaluate(body, bulk, in_placed, out_placed, placement, n, mesh):
+def evaluate(body, bulk, in_placed, out_placed, n, placement=None, mesh=None):
     """The function of whole arrays that a map computes.
 
     The body under vmap and a sum for each summed result, or its bulk form. Placed
@@ -128,29 +140,52 @@ def evaluate(body, bulk, in_placed, out_placed, placement, n, mesh):
     if bulk is not None:
         rest, _ = dce(body, [not b for b in in_bulk], keep_inputs=True)
     rest_placed = drop(out_placed, in_bulk)
-    spmd = _mesh.is_auto(mesh) and not _has_partial_shard_map(rest, placement)
-    mapped = _vmap(as_fun(rest), in_placed, n, placement if spmd else None)
 
     def run(*args):
         args = shard(args, in_placed)
         from_bulk, outs = [], []
         if bulk is not None:
-            computed = as_fun(bulk.jaxpr)(*(args[i] for i in bulk.operands))
+            computed = _run_bulk(bulk, args, in_placed, out_placed, placement, mesh)
             results = sorted(zip(bulk.results, computed, strict=True))
             from_bulk = [out for _, out in results]
         if not all(in_bulk) or rest.effects:
-            outs = [
-                out if placed else jnp.sum(out, axis=0).astype(out.dtype)
-                for out, placed in zip(mapped(*args), rest_placed, strict=True)
-            ]
+            mapped = _vmap(rest, in_placed, n, placement, mesh)
+            outs = _sum_unplaced(mapped(*args), rest_placed)
         return shard(merge(in_bulk, from_bulk, outs), out_placed)
 
     return run
 
 
-def _vmap(fn, in_placed, n, spmd_axis_name):
+def _run_bulk(bulk, args, in_placed, out_placed, placement, mesh):
+    args = [args[i] for i in bulk.operands]
+    shards = _mesh.shards(placement, mesh)
+    if shards == 1:
+        return as_fun(bulk.jaxpr)(*args)
+    in_placed = [in_placed[i] for i in bulk.operands]
+    out_placed = [out_placed[i] for i in bulk.results]
+    args = [
+        _mesh.split(x, placement, mesh) if p else x
+        for x, p in zip(args, in_placed, strict=True)
+    ]
+    outs = _vmap(bulk.jaxpr, in_placed, shards, placement, mesh)(*args)
+    return [
+        _mesh.join(x, placement, mesh) if p else x
+        for x, p in zip(_sum_unplaced(outs, out_placed), out_placed, strict=True)
+    ]
+
+
+def _sum_unplaced(outs, placed):
+    return [
+        out if p else jnp.sum(out, axis=0).astype(out.dtype)
+        for out, p in zip(outs, placed, strict=True)
+    ]
+
+
+def _vmap(jaxpr, in_placed, n, placement, mesh):
     in_axes = tuple(0 if placed else None for placed in in_placed)
-    return jax.vmap(fn, in_axes, axis_size=n, spmd_axis_name=spmd_axis_name)
+    spmd = _mesh.is_auto(mesh) and not _has_partial_shard_map(jaxpr, placement)
+    axis_name = placement if spmd else None
+    return jax.vmap(as_fun(jaxpr), in_axes, axis_size=n, spmd_axis_name=axis_name)
 
 
 def _has_partial_shard_map(body, placement):
@@ -208,11 +243,12 @@ def _batch(axis_data, args, dims, *, body, in_placed, out_placed, bulk, **params
     )
     new_bulk = None
     if bulk is not None:
+        m = _mesh.per_shard(*(params[key] for key in ("placement", "n", "mesh")))
         jaxpr, bulk_out_batched, bulk_consts = _batch_jaxpr(
             bulk.jaxpr,
             axis_data,
             [batched[i] for i in bulk.operands],
-            [avals[i] for i in bulk.operands],
+            [whole(element_avals, in_placed, m)[i] for i in bulk.operands],
             [in_axes[i] for i in bulk.operands],
             [out_axes[i] for i in bulk.results],
         )

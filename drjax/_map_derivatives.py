@@ -49,7 +49,7 @@ from drjax._jaxprs import (
     without_effects,
     without_replayed_effects,
 )
-from drjax._map import abstract_eval, bind, evaluate, make_bulk, map_p
+from drjax._map import abstract_eval, bind, evaluate, make_bulk, map_p, whole
 
 
 #
@@ -247,7 +247,7 @@ def _split_params(split, unknown_in, *, in_placed, out_placed, name, bulk, **par
         split.unknown,
         unknown["in_placed"],
         unknown["out_placed"],
-        *(params[key] for key in ("placement", "n", "mesh")),
+        _mesh.per_shard(*(params[key] for key in ("placement", "n", "mesh"))),
     )
     return known, unknown
 
@@ -348,16 +348,16 @@ def _transpose(cts, *args, body, in_placed, out_placed, name, bulk, **params):
     transposed, nonzero, consts = _transpose_jaxpr(body, linear, has_ct)
     operand_placed = [*drop(in_placed, linear), *pick(out_placed, has_ct)]
     result_placed = pick(pick(in_placed, linear), nonzero)
-    at = tuple(params[key] for key in ("placement", "n", "mesh"))
+    m = _mesh.per_shard(*(params[key] for key in ("placement", "n", "mesh")))
     new_bulk = None
     if not all(result_placed):
         new_bulk = _transpose_bulk(
-            body, bulk, linear, has_ct, nonzero, in_placed, out_placed, *at
+            body, bulk, linear, has_ct, nonzero, in_placed, out_placed, m
         ) or contraction_bulk(
             transposed,
             (*operand_placed, *(False for _ in consts)),
             tuple(result_placed),
-            *at,
+            m,
         )
     results = bind(
         [*drop(args, linear), *pick(cts, has_ct)],
@@ -412,9 +412,7 @@ def _transpose_fun(fun, in_avals, out_avals, linear, has_ct):
 
 
 @cached_by_jaxpr
-def _transpose_bulk(
-    body, bulk, linear, has_ct, nonzero, in_placed, out_placed, placement, n, mesh
-):
+def _transpose_bulk(body, bulk, linear, has_ct, nonzero, in_placed, out_placed, m):
     """The bulk form of a transpose: the transpose of the vmapped body.
 
     None for what linearizing leaves of a custom_vjp, whose rule need not be linear: the
@@ -422,17 +420,10 @@ def _transpose_bulk(
     """
     if any(equations(body, "custom_lin")):
         return None
-
-    def whole(avals, placed):
-        return [
-            _mesh.placed_aval(aval, placement, n, mesh) if p else aval
-            for aval, p in zip(avals, placed, strict=True)
-        ]
-
     fun, avals = _transpose_fun(
-        evaluate(body, bulk, in_placed, out_placed, placement, n, mesh),
-        whole(body.in_avals, in_placed),
-        whole(body.out_avals, out_placed),
+        evaluate(body, bulk, in_placed, out_placed, m),
+        whole(body.in_avals, in_placed, m),
+        whole(body.out_avals, out_placed, m),
         linear,
         has_ct,
     )

@@ -154,6 +154,36 @@ def _shard_placed(x: Any, placement: str, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def shards(placement: str, mesh: Mesh | None) -> int:
+    """Over how many shards the elements of a placement are spread."""
+    return 1 if mesh is None else mesh.shape[placement]
+
+
+def per_shard(placement: str, n: int, mesh: Mesh | None) -> int:
+    """How many elements a shard has."""
+    return n // shards(placement, mesh)
+
+
+def split(x: Any, placement: str, mesh: Mesh) -> Any:
+    """`[n, ...]` to `[shards, n / shards, ...]`; each element stays where it is."""
+    s = shards(placement, mesh)
+    return _reshape(x, (s, x.shape[0] // s, *x.shape[1:]), 1, placement, mesh)
+
+
+def join(x: Any, placement: str, mesh: Mesh) -> Any:
+    """The inverse of `split`."""
+    return _reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), 2, placement, mesh)
+
+
+def _reshape(x: Any, shape: Any, done: int, placement: str, mesh: Mesh) -> Any:
+    if not is_explicit(mesh):
+        return shard_placed(jax.lax.reshape(x, shape), placement, mesh)
+    rest = jax.typeof(x).sharding.spec[done:]
+    new = [None] * (len(shape) - 1 - len(rest))
+    sharding = NamedSharding(mesh, P(placement, *new, *rest))
+    return jax.lax.reshape(x, shape, out_sharding=sharding)
+
+
 def placed_aval(element: Any, placement: str, n: int, mesh: Mesh | None) -> Any:
     """The type of a placed value, given that of one element."""
     axis = placement if is_explicit(mesh) else None
