@@ -22,6 +22,10 @@ help: ## list the targets
 demo: $(VENV)/.examples ## train a federated digits model and plot it
 	$(BIN)/python examples/digits_fedavg.py $(ARGS)
 
+.PHONY: demo-processes
+demo-processes: $(VENV)/.examples ## train the same model in two processes
+	$(BIN)/python examples/digits_processes.py $(ARGS)
+
 .PHONY: test
 test: $(VENV)/.dev ## the quick tests, and the code in docstrings, README and docs
 	$(PYTEST) $(ARGS)

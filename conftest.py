@@ -1,10 +1,15 @@
-"""Lets the examples in Markdown files end at the fence of their code block.
+"""Settings for all tests, those in docstrings and Markdown files too.
 
-doctest by itself takes the closing fence for a line of the expected output.
+There are eight CPU devices, for what is sharded. The examples in Markdown files may end
+at the fence of their code block: doctest takes it for a line of the expected output.
 """
 
 import doctest
 import re
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 FENCE = re.compile(r"^ *```.*$", re.MULTILINE)
 

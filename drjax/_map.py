@@ -122,7 +122,7 @@ def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk):
         return evaluate(body, bulk, in_placed, out_placed, n, placement, mesh)(*args)
 
 
-def evaluate(body, bulk, in_placed, out_placed, n, placement=None, mesh=None):
+def evaluate(body, bulk, in_placed, out_placed, n, placement: Any = None, mesh=None):
     """The function of whole arrays that a map computes.
 
     The body under vmap and a sum for each summed result, or its bulk form. Placed

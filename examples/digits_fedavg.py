@@ -9,6 +9,7 @@ has a gradient too: here with respect to the two learning rates.
 import argparse
 import functools
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.progress import track
@@ -31,7 +34,8 @@ BATCH_SIZE = 10
 DIRICHLET_ALPHA = 0.5  # The smaller, the fewer classes a client has.
 
 # Smooth, so that the finite differences below are precise.
-MODEL = nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(CLASSES)])
+HIDDEN = 64
+MODEL = nn.Sequential([nn.Dense(HIDDEN), nn.gelu, nn.Dense(CLASSES)])
 server_optimizer = functools.partial(optax.sgd, momentum=0.9)
 
 
@@ -174,6 +178,41 @@ def print_operators(jaxpr: Any) -> None:
         print(f"  {kind:<12}{name}{'  '.join(str(v.aval) for v in sent)}")
 
 
+def on_mesh(state: State, clients: Examples) -> None:
+    """Runs a round on a mesh of 2 x 4 devices, and prints what they communicate.
+
+    Two groups of devices have half the clients each; in a group, each device has a
+    quarter of the hidden units of every model.
+    """
+    axes = ("clients", "model")
+    mesh = jax.make_mesh((2, 4), axes, axis_types=(AxisType.Auto,) * 2)
+
+    def split_hidden(x):
+        hidden = [i for i, size in enumerate(np.shape(x)) if size == HIDDEN][-1:]
+        axes = ["model" if i in hidden else None for i in range(np.ndim(x))]
+        return NamedSharding(mesh, P(*axes))
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(state, jax.tree.map(split_hidden, state))
+        placed = jax.device_put(clients, NamedSharding(mesh, P("clients")))
+        compiled = jax.jit(federated_round).lower(RATES, sharded, placed).compile()
+        new = compiled(RATES, sharded, placed)
+    alone = federated_round(RATES, state, clients)
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), new, alone)
+    print(
+        f"Largest difference from one device: {max(jax.tree.leaves(differences)):.0e}"
+    )
+    collective = (
+        r"= (.*) (all-[a-z]+|collective-permute|reduce-scatter)\(.*op_name=\"(.*?)\""
+    )
+    for shapes, kind, name in re.findall(collective, compiled.as_text() or ""):
+        shapes = re.sub(r"{.*?}|/\*.*?\*/", "", shapes)
+        _, *path = name.split("/")
+        print(
+            f"  {kind}  {' ... '.join(dict.fromkeys(path[:1] + path[-1:]))}  {shapes}"
+        )
+
+
 def plot(history: np.ndarray, path: str) -> None:
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -220,6 +259,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{title}, as JAX sees it:")
         show(jaxpr)
 
+    if jax.device_count() >= 8:
+        print("\nA round on 8 devices, 2 x 4 of clients x model:")
+        on_mesh(state, clients)
+
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)  # Virtual ones.
     main()

@@ -3,6 +3,9 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +77,24 @@ def test_operators_survive_in_its_gradient(printed):
 
 def test_plot_is_a_png(printed, plot):
     assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_mesh_computes_the_same_with_one_sum_over_the_clients(printed):
+    (section,) = re.findall(r"^A round on 8 devices, .*:\n((?:.+\n)+)", printed, re.M)
+    first, *collectives = section.splitlines()
+    assert float(first.split()[-1]) < 1e-6
+    assert len(re.findall("all-reduce +reduce_sum", section)) == 1
+    # The other one sums over the hidden units of a model.
+    assert len(collectives) == 2
+    assert "all-reduce  client_update" in section
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does():
+    path = Path(digits_fedavg.__file__).with_name("digits_processes.py")
+    command = [sys.executable, path, "--rounds=3"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "Process 1 of 2" in done.stdout
+    difference = re.search(r"Largest difference .*: (\S+)$", done.stdout, re.M)
+    assert difference
+    assert float(difference[1]) < 1e-5

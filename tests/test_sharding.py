@@ -6,6 +6,7 @@ import math
 import re
 import types
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def compile_and_run(fn, *args):
     """What a function returns, and the `(kind, bytes)` of every collective it needs."""
     compiled = jax.jit(fn).lower(*args).compile()
     found = []
-    for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
+    for shapes, kind in COLLECTIVE.findall(compiled.as_text() or ""):
         size = sum(
             BYTES[dtype] * math.prod(map(int, filter(None, dims.split(","))))
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
@@ -80,7 +81,7 @@ def collectives(fn, *args):
 #
 def by_hand(mesh):
     is_auto = AUTO in mesh.axis_types
-    axis = dict(spmd_axis_name="clients") if is_auto else {}
+    axis: Any = dict(spmd_axis_name="clients") if is_auto else {}
 
     def broadcast(x):
         placed = P("clients", *jax.typeof(x).sharding.spec)
@@ -296,7 +297,7 @@ def test_sharding_in_a_mapped_function_is_kept(kind, body, derivative):
     mesh = make_mesh(kind, **AXES["2d"])
     # With the axis's name, vmap fails at a shard_map that leaves that axis alone.
     named = kind == AUTO and body not in LEAVES_AN_AXIS_ALONE
-    axis = dict(spmd_axis_name="clients") if named else {}
+    axis: Any = dict(spmd_axis_name="clients") if named else {}
 
     def hand(w, x):
         return jnp.sum(jax.vmap(lambda x: body(w, x), **axis)(x), axis=0)
