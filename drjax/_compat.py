@@ -53,3 +53,11 @@ def open_consts(jaxpr: Any, n: int) -> ClosedJaxpr:
     variables = [*jaxpr.constvars, *jaxpr.invars]
     invars = [*variables[n:], *variables[:n]]
     return ClosedJaxpr(jaxpr.replace(constvars=[], invars=invars), ())
+
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are its carry."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    constants, carry, _ = eqn.params["ft_in"].unpack()
+    return len(constants), len(carry)

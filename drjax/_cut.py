@@ -13,33 +13,31 @@ All that the elements do in one round is one body. Stages are built from the las
 back, so that each holds what is asked of it and no more.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import source_info_util
-from jax.extend.core import Var, gensym, mapped_aval
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Var, mapped_aval
 
-from drjax import _primitives, _rules
+from drjax import _compat, _primitives, _rules
 from drjax._compat import ClosedJaxpr
-from drjax._jaxprs import as_fun, dce, debug_info, is_var, pick, trace
+from drjax._jaxprs import as_fun, debug_info, is_var, trace
 from drjax._map import map_p
-from drjax._plan import At, MapReduce, Plan, Server
-
-_REDUCTIONS = {
-    _primitives.reduce_sum_p: "sum",
-    _primitives.reduce_max_p: "max",
-    _primitives.reduce_min_p: "min",
-}
-_OF_SERVER_VALUES = {_primitives.broadcast_p, _primitives.placement_index_p}
-
-
-class PlanError(ValueError):
-    """A program that cannot be cut into rounds."""
-
-
-PlanError.__module__ = "drjax"
+from drjax._placed import (
+    OF_PLACEMENT,
+    PORTS,
+    REDUCTIONS,
+    Facts,
+    communicates,
+    find_placed,
+    is_repeated,
+    straighten,
+)
+from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
 
 
 def make_plan(fn: Callable[..., Any]) -> Callable[..., Plan]:
@@ -54,8 +52,9 @@ def make_plan(fn: Callable[..., Any]) -> Callable[..., Plan]:
             out_trees.append(out_tree)
             return outs
 
-        closed = jax.make_jaxpr(flat)(*leaves)
-        return _Cutter(closed).plan(in_tree, out_trees[-1])
+        straight = straighten(jax.make_jaxpr(flat)(*leaves))
+        facts = find_placed(straight, {}, {})
+        return _Cutter(facts).plan(in_tree, out_trees[-1])
 
     return planned
 
@@ -63,20 +62,51 @@ def make_plan(fn: Callable[..., Any]) -> Callable[..., Plan]:
 class _Cutter:
     """Builds the stages of one plan."""
 
-    def __init__(self, closed: Any):
-        self.jaxpr = closed.jaxpr
-        self.invars, self.outvars, eqns, self.constants = straighten(closed)
-        self.eqns = _live(eqns, self.outvars)
-        self.at, self.scattered, self.rules = find_placed(self.eqns, self.constants)
+    def __init__(self, facts: Facts):
+        self.facts = facts
+        self.invars, self.outvars, self.eqns, self.constants, _ = facts.straight
+        self.at, self.scattered = facts.at, facts.scattered
         self.producer = {v: i for i, e in enumerate(self.eqns) for v in e.outvars}
-        self.stages: list[tuple[int, str | None]] = []
-        for i in range(len(self.eqns)):
-            self.stages.append(self._stage(i))
-        self.numbers: dict[Var, int] = {}
-        for v in [*self.invars, *self.constants, *self.producer]:
-            self.numbers[v] = len(self.numbers)
+        # Of each equation the round, and what it is part of there: the work over a
+        # placement (a name), a loop or branch by itself (its position), or the server's.
+        self.stages: list[tuple[int, Any]] = []
+        for i, eqn in enumerate(self.eqns):
+            ready = map(self._ready, filter(is_var, eqn.invars))
+            self.stages.append((max(ready, default=0), self._part(i, eqn)))
+        # Of variables, and of literals where a stage needs one.
+        self.numbers: dict[Any, int] = {}
+        self.avals: list[Any] = []
+        self.values: dict[int, Any] = {}
+        self._ids([*self.invars, *self.constants, *self.producer])
+        for v, value in self.constants.items():
+            self.values[self.numbers[v]] = value
 
-    def plan(self, in_tree: Any, out_tree: Any) -> Plan:
+    def _part(self, i: int, eqn: Any) -> Any:
+        if eqn.primitive is map_p or eqn.primitive in OF_PLACEMENT:
+            return eqn.params["placement"]
+        if inner := self.facts.flows.get(i):
+            placed = all(v in self.at for v in eqn.outvars)
+            if not placed or any(map(communicates, inner)):
+                return i
+        elif i not in self.facts.rules and not self._is_repeated(i):
+            return None
+        variables = filter(is_var, [*eqn.outvars, *eqn.invars])
+        return next(self.at[v] for v in variables if v in self.at).placement
+
+    def _ready(self, v: Var) -> int:
+        """The first round that can use a value."""
+        if v not in self.producer:
+            return 0
+        r, part = self.stages[self.producer[v]]
+        is_reduced = isinstance(part, str) and v not in self.at
+        return r + (is_reduced or isinstance(part, int))
+
+    def _is_repeated(self, i: int) -> bool:
+        """Whether an equation makes a placed value of server values, or of none."""
+        (v, *_), eqn = self.eqns[i].outvars, self.eqns[i]
+        return v in self.at and v not in self.scattered and is_repeated(eqn, self.at[v])
+
+    def plan(self, in_tree: Any = None, out_tree: Any = None) -> Plan:
         asked: dict[Any, dict[Var, None]] = {}  # By stage; ordered sets.
 
         def ask(variables):
@@ -85,61 +115,47 @@ class _Cutter:
                     asked.setdefault(self.stages[self.producer[v]], {})[v] = None
 
         ask(filter(is_var, self.outvars))
-        stages: list[Server | MapReduce] = []
+        effects = {s for e, s in zip(self.eqns, self.stages, strict=True) if e.effects}
         last = max((r for r, _ in self.stages), default=0)
+        flows = [part for _, part in self.stages if isinstance(part, int)]
         placements = sorted({where.placement for where in self.at.values()})
+        stages: list[Any] = []
         for r in range(last, -1, -1):
-            for placement in placements:
-                if wanted := asked.get((r, placement)):
-                    stage, reads = self._map_reduce(r, placement, [*wanted])
-                    stages.append(stage)
-                    ask(reads)
-            effects = any(
-                eqn.effects and stage == (r, None)
-                for eqn, stage in zip(self.eqns, self.stages, strict=True)
-            )
-            if (wanted := asked.get((r, None), {})) or effects:
-                stage, reads = self._server(r, [*wanted])
+            for part in [*reversed(flows), *placements, None]:
+                if (r, part) not in asked and (r, part) not in effects:
+                    continue
+                wanted = [*asked.get((r, part), ())]
+                if part is None:
+                    stage, reads = self._server(r, wanted)
+                elif isinstance(part, int):
+                    stage, reads = self._flow(part)
+                else:
+                    stage, reads = self._map_reduce(r, part, wanted)
                 stages.append(stage)
                 ask(reads)
+        outputs = self._ids(self.outvars)
         return Plan(
             stages=tuple(reversed(stages)),
-            avals={i: v.aval for v, i in self.numbers.items()},
+            avals=tuple(self.avals),
             at={self.numbers[v]: where for v, where in self.at.items()},
             inputs=self._ids(self.invars),
-            constants={self.numbers[v]: x for v, x in self.constants.items()},
-            outputs=tuple(
-                self.numbers[v] if is_var(v) else v.val for v in self.outvars
-            ),
+            constants=self.values,
+            outputs=outputs,
             in_tree=in_tree,
             out_tree=out_tree,
         )
 
-    def _ids(self, variables: Any) -> tuple[int, ...]:
-        return tuple(self.numbers[v] for v in variables)
+    def _ids(self, atoms: Any) -> tuple[int, ...]:
+        return tuple(map(self._id, atoms))
 
-    def _stage(self, i: int) -> tuple[int, str | None]:
-        """The round of an equation, and the placement that it is over, if any."""
-        eqn = self.eqns[i]
-        placement = None
-        if eqn.primitive is map_p or eqn.primitive in _OF_PLACEMENT:
-            placement = eqn.params["placement"]
-        elif i in self.rules or self._is_repeated(i):
-            variables = filter(is_var, [*eqn.outvars, *eqn.invars])
-            placement = next(self.at[v] for v in variables if v in self.at).placement
-        return max(map(self._ready, filter(is_var, eqn.invars)), default=0), placement
-
-    def _ready(self, v: Var) -> int:
-        """The first round that can use a value."""
-        if v not in self.producer:
-            return 0
-        r, placement = self.stages[self.producer[v]]
-        return r + (placement is not None and v not in self.at)
-
-    def _is_repeated(self, i: int) -> bool:
-        """Whether an equation makes a placed value of server values, or of none."""
-        (v, *_), eqn = self.eqns[i].outvars, self.eqns[i]
-        return v in self.at and v not in self.scattered and is_repeated(eqn, self.at[v])
+    def _id(self, atom: Any) -> int:
+        key = atom if is_var(atom) else id(atom)
+        if key not in self.numbers:
+            self.numbers[key] = len(self.avals)
+            self.avals.append(atom.aval)
+            if not is_var(atom):
+                self.values[self.numbers[key]] = atom.val
+        return self.numbers[key]
 
     def _server(self, r: int, wanted: list[Var]) -> tuple[Server, list[Var]]:
         needed, reads = set(), {}
@@ -157,13 +173,14 @@ class _Cutter:
                 needed.add(i)
                 todo += filter(is_var, self.eqns[i].invars)
         eqns = [self.eqns[i] for i in sorted(needed)]
-        jaxpr = self.jaxpr.replace(
+        template = self.facts.straight.template
+        jaxpr = template.replace(
             constvars=[],
             invars=[*reads],
             outvars=wanted,
             eqns=eqns,
             effects=set().union(*(eqn.effects for eqn in eqns)),
-            debug_info=self.jaxpr.debug_info.with_unknown_names(),
+            debug_info=template.debug_info.with_unknown_names(),
         )
         stage = Server(ClosedJaxpr(jaxpr, ()), self._ids(reads), self._ids(wanted))
         return stage, [*reads]
@@ -199,19 +216,20 @@ class _Cutter:
             for i in sorted(needed):
                 eqn = self.eqns[i]
                 xs = [env[v] if is_var(v) else v.val for v in eqn.invars]
-                results, operations = self._of_one(i, eqn, index, xs)
+                results, operations = _of_one(self.facts, i, index, xs)
                 env.update(zip(eqn.outvars, results, strict=True))
                 operation.update(zip(eqn.outvars, operations, strict=True))
             parts = [env[v] for v in sums]
             return parts + [jnp.squeeze(env[v], self.at[v].axis) for v in outs]
 
+        info = self.facts.straight.template.debug_info.with_unknown_names()
         n = next(w.n for w in self.at.values() if w.placement == placement)
         avals = [
-            jax.core.ShapedArray((), jnp.dtype("int32")),
+            ShapedArray((), jnp.dtype("int32")),
             *(v.aval for v in server),
             *(mapped_aval(n, self.at[v].axis, v.aval) for v in placed),
         ]
-        jaxpr, consts = trace(body, avals, debug_info(self))
+        jaxpr, consts = trace(body, avals, info)
         assert not consts, consts
         stage = MapReduce(
             placement=placement,
@@ -224,234 +242,104 @@ class _Cutter:
         )
         return stage, [*server, *placed]
 
-    def _of_one(self, i: int, eqn: Any, index: Any, xs: list[Any]) -> Any:
-        """Results of an equation for one element, and how to reduce them, if at all."""
+    def _flow(self, i: int) -> tuple[Any, list[Var]]:
+        """A loop or branch that communicates; its jaxprs are plans of their own."""
+        eqn = self.eqns[i]
+        plans = [_Cutter(facts).plan() for facts in self.facts.flows[i]]
+        ids, results = self._ids(eqn.invars), self._ids(eqn.outvars)
         params = eqn.params
-        if eqn.primitive is map_p:
-            xs = [
-                jnp.squeeze(x, 0) if p else x
-                for x, p in zip(xs, params["in_placed"], strict=True)
-            ]
-            outs = as_fun(params["body"])(*xs)
-            placed = params["out_placed"]
-            outs = [jnp.expand_dims(x, 0) if p else x for x, p in zip(outs, placed, strict=True)]
-            return outs, [None if p else "sum" for p in placed]
-        if eqn.primitive is _primitives.broadcast_p:
-            return [jnp.expand_dims(xs[0], 0)], [None]
-        if eqn.primitive is _primitives.placement_index_p:
-            return [jnp.expand_dims(index, 0)], [None]
-        if eqn.primitive in _REDUCTIONS:
-            return [jnp.squeeze(xs[0], 0)], [_REDUCTIONS[eqn.primitive]]
-        rule = self.rules.get(i)
-        operation = None
-        if rule is None:  # Repeated.
-            axis = self.at[eqn.outvars[0]].axis
-            shape = list(eqn.outvars[0].aval.shape)
-            shape[axis] = 1
-            if eqn.primitive.name == "iota":
-                return [jnp.full(shape, index, params["dtype"])], [None]
-            params = dict(params, shape=tuple(shape))
-        elif isinstance(rule, _rules.Placed):
-            params = rule.params(1)
-        else:
-            operation = rule.operation
-        outs = eqn.primitive.bind(*xs, **params)
-        outs = outs if eqn.primitive.multiple_results else [outs]
-        return outs, [operation] * len(outs)
-
-
-def _live(eqns: Sequence[Any], outvars: Sequence[Any]) -> list[Any]:
-    """The equations that have effects or that a result needs."""
-    needed = set(filter(is_var, outvars))
-    live = []
-    for eqn in reversed(eqns):
-        if eqn.effects or needed & {*eqn.outvars}:
-            needed.update(filter(is_var, eqn.invars))
-            live.append(eqn)
-    return live[::-1]
-
-
-#
-# Straightening.
-#
-_CALLS = {
-    *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"),
-    *("custom_vjp_call", "custom_lin", "remat2", "checkpoint"),
-}
-
-
-def straighten(jaxpr: Any) -> tuple[list[Var], list[Any], list[Any], dict[Var, Any]]:
-    """Inlines calls; returns inputs, outputs, equations, and constants by variable."""
-    newvar = gensym()
-    eqns: list[Any] = []
-    constants: dict[Var, Any] = {}
-
-    def inline(closed, args):
-        env: dict[Var, Any] = {}
-
-        def read(atom):
-            return env[atom] if is_var(atom) else atom
-
-        inner = getattr(closed, "jaxpr", closed)
-        consts = getattr(closed, "consts", ())
-        for var, value in zip(inner.constvars, consts, strict=True):
-            env[var] = newvar(var.aval)
-            constants[env[var]] = value
-        env.update(zip(inner.invars, args, strict=True))
-        for eqn in inner.eqns:
-            operands = [read(v) for v in eqn.invars]
-            called = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-            if eqn.primitive.name in _CALLS and called is not None:
-                outs = inline(called, operands)
-            else:
-                outs = [newvar(v.aval) for v in eqn.outvars]
-                eqns.append(eqn.replace(invars=operands, outvars=outs))
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in inner.outvars]
-
-    invars = [newvar(v.aval) for v in getattr(jaxpr, "jaxpr", jaxpr).invars]
-    return invars, inline(jaxpr, invars), eqns, constants
-
-
-#
-# Which values are placed, and where.
-#
-def find_placed(
-    eqns: Sequence[Any], constants: Any
-) -> tuple[dict[Var, At], set[Var], dict[int, Any]]:
-    """Where placed values have their elements, and which the server hands out.
-
-    Also the rules that the equations of placed arithmetic follow, by position.
-    """
-    at: dict[Var, At] = {}
-    scattered: set[Var] = set()
-    rules: dict[int, Any] = {}
-    producer = {v: eqn for eqn in eqns for v in eqn.outvars}
-
-    def demand(v, where, eqn):
-        """Settles that a value is placed, going back to where it comes from."""
-        if is_var(v) and v in at:
-            if at[v] != where:
-                raise PlanError(
-                    f"drjax.make_plan: {_name(eqn)} needs a value with the elements of "
-                    f"{where.placement!r} on axis {where.axis}, but they are those of "
-                    f"{at[v].placement!r} on axis {at[v].axis}, as the operations "
-                    "before say."
-                )
-            return
-        if not is_var(v) or v.aval.shape[where.axis : where.axis + 1] != (where.n,):
-            raise PlanError(
-                f"drjax.make_plan: {_name(eqn)} needs the {where.n} elements of "
-                f"{where.placement!r} on axis {where.axis} of a value of type {v.aval}."
+        if eqn.primitive.name == "scan":
+            a, b = itertools.accumulate(_compat.scan_counts(eqn))
+            stage = Scan(
+                *(plans[0], params["length"], params["reverse"]),
+                *(ids[:a], ids[a:b], ids[b:]),
+                *(results[: b - a], results[b - a :]),
             )
-        at[v] = where
-        source = producer.get(v)
-        if source is None:
-            if v in constants:
-                scattered.add(v)
-        elif not is_repeated(source, where):
-            back = _backwards(source, v, where)
-            if back is None:
-                scattered.add(v)
-            else:
-                _demand_operands(source, back, where)
-
-    def _demand_operands(eqn, rule, where):
-        for v, axis in zip(eqn.invars, rule.operands, strict=True):
-            if axis is not None:
-                demand(v, where._replace(axis=axis), eqn)
-
-    def forward():
-        for i, eqn in enumerate(eqns):
-            params = eqn.params
-            if eqn.primitive is map_p or eqn.primitive in _OF_PLACEMENT:
-                where = At(params["placement"], params["n"], 0)
-                for v, placed in zip(eqn.invars, _operands_placed(eqn), strict=True):
-                    if placed:
-                        demand(v, where, eqn)
-                for v in pick(eqn.outvars, _results_placed(eqn)):
-                    at[v] = where
-                continue
-            wheres = [at.get(v) if is_var(v) else None for v in eqn.invars]
-            if not any(wheres):
-                continue
-            where = next(filter(None, wheres))
-            rules[i] = rule = rule_of(eqn, wheres, where)
-            _demand_operands(eqn, rule, where)
-            if isinstance(rule, _rules.Placed):
-                for v, axis in zip(eqn.outvars, rule.results, strict=True):
-                    at[v] = where._replace(axis=axis)
-
-    before = None
-    while before != len(at):
-        before = len(at)
-        forward()
-    return at, scattered, rules
+        elif eqn.primitive.name == "while":
+            a = params["cond_nconsts"]
+            b = a + params["body_nconsts"]
+            stage = While(*plans, ids[:a], ids[a:b], ids[b:], results)
+        else:
+            stage = Branch(tuple(plans), ids[0], ids[1:], results)
+        return stage, list(filter(is_var, eqn.invars))
 
 
-_OF_PLACEMENT = {*_OF_SERVER_VALUES, *_REDUCTIONS}
+#
+# What one element does. Its values have size 1 on the placement's axis.
+#
+def _of_element(facts: Facts, index: Any, args: Any) -> list[Any]:
+    env: dict[Any, Any] = dict(facts.straight.constants)
+    env.update(zip(facts.straight.invars, args, strict=True))
+    for i, eqn in enumerate(facts.straight.eqns):
+        xs = [env[v] if is_var(v) else v.val for v in eqn.invars]
+        results, _ = _of_one(facts, i, index, xs)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [env[v] if is_var(v) else v.val for v in facts.straight.outvars]
 
 
-def _operands_placed(eqn):
+def _of_one(facts: Facts, i: int, index: Any, xs: list[Any]) -> Any:
+    """Results of an equation for one element, and how to reduce them, if at all."""
+    eqn = facts.straight.eqns[i]
+    params = eqn.params
     if eqn.primitive is map_p:
-        return eqn.params["in_placed"]
-    return [eqn.primitive in _REDUCTIONS] * len(eqn.invars)
+        return _map_of_one(eqn, xs)
+    if eqn.primitive is _primitives.broadcast_p:
+        return [jnp.expand_dims(xs[0], 0)], [None]
+    if eqn.primitive is _primitives.placement_index_p:
+        return [jnp.expand_dims(index, 0)], [None]
+    if eqn.primitive in REDUCTIONS:
+        return [jnp.squeeze(xs[0], 0)], [REDUCTIONS[eqn.primitive]]
+    if i in facts.flows:
+        outs = _flow_of_one(facts, i, index, xs)
+        return outs, [None] * len(outs)
+    operation, rule, where = None, facts.rules.get(i), facts.at.get(eqn.outvars[0])
+    if isinstance(rule, _rules.Placed):
+        params = rule.params(1)
+    elif rule is not None:
+        operation = rule.operation
+    elif where is not None and is_repeated(eqn, where):
+        shape = list(eqn.outvars[0].aval.shape)
+        shape[where.axis] = 1
+        if eqn.primitive.name == "iota":
+            return [jnp.full(shape, index, params["dtype"])], [None]
+        params = dict(params, shape=tuple(shape))
+    outs = eqn.primitive.bind(*xs, **params)
+    outs = outs if eqn.primitive.multiple_results else [outs]
+    return outs, [operation] * len(outs)
 
 
-def _results_placed(eqn):
-    if eqn.primitive is map_p:
-        return eqn.params["out_placed"]
-    return [eqn.primitive not in _REDUCTIONS]
+def _map_of_one(eqn, xs):
+    placed, out_placed = eqn.params["in_placed"], eqn.params["out_placed"]
+    xs = [jnp.squeeze(x, 0) if p else x for x, p in zip(xs, placed, strict=True)]
+    outs = as_fun(eqn.params["body"])(*xs)
+    outs = [
+        jnp.expand_dims(x, 0) if p else x for x, p in zip(outs, out_placed, strict=True)
+    ]
+    return outs, [None if p else "sum" for p in out_placed]
 
 
-def is_repeated(eqn: Any, where: At) -> bool:
-    """Whether an equation makes a placed value of server values, or of none."""
-    if eqn.primitive in _OF_SERVER_VALUES:
-        return True
-    if eqn.primitive.name == "iota":
-        return eqn.params["dimension"] == where.axis
-    is_broadcast = eqn.primitive.name == "broadcast_in_dim"
-    return is_broadcast and where.axis not in eqn.params["broadcast_dimensions"]
-
-
-def _backwards(eqn, result, where):
-    """The rule by which an operand's axis becomes that of a result, if there is one."""
-    if not _rules.is_known(eqn.primitive):
-        return None
-    k = eqn.outvars.index(result)
-    for i, v in enumerate(eqn.invars):
-        for axis, size in enumerate(getattr(v.aval, "shape", ())):
-            axes = [axis if j == i else None for j in range(len(eqn.invars))]
-            if size == where.n:
-                rule = _rules.find(eqn, axes, where.n)
-                if isinstance(rule, _rules.Placed) and rule.results[k] == where.axis:
-                    return rule
-    return None
-
-
-def rule_of(eqn: Any, wheres: Sequence[At | None], where: At) -> Any:
-    """What an equation on placed values does; PlanError if it mixes elements."""
-    name, over = _name(eqn), repr(where.placement)
-    if any(w is not None and w[:2] != where[:2] for w in wheres):
-        raise PlanError(
-            f"drjax.make_plan: {name} combines values of different placements. Reduce "
-            "over one of them first, or nest the placements: do it in a mapped function."
+def _flow_of_one(facts, i, index, xs):
+    eqn, inner = facts.straight.eqns[i], facts.flows[i]
+    params = eqn.params
+    if eqn.primitive.name == "cond":
+        branches = [
+            lambda *ops, f=f: _of_element(f, index, ops) for f in inner
+        ]
+        return lax.switch(jnp.int32(xs[0]), branches, *xs[1:])
+    if eqn.primitive.name == "while":
+        a = params["cond_nconsts"]
+        b = a + params["body_nconsts"]
+        return lax.while_loop(
+            lambda carry: _of_element(inner[0], index, [*xs[:a], *carry])[0],
+            lambda carry: _of_element(inner[1], index, [*xs[a:b], *carry]),
+            xs[b:],
         )
-    if not _rules.is_known(eqn.primitive):
-        raise PlanError(
-            f"drjax.make_plan: {name} on a value placed over {over}: what it does to "
-            "the elements is not known. Do it in the function given to drjax.map_fn."
-        )
-    rule = _rules.find(eqn, [w and w.axis for w in wheres], where.n)
-    if rule is None:
-        raise PlanError(
-            f"drjax.make_plan: {name} mixes the elements of {over}, which are on axis "
-            f"{where.axis} of its operand. An element is alone until a reduction: use "
-            "drjax.reduce_*, or do it in the function given to drjax.map_fn if it is "
-            "meant for each element."
-        )
-    return rule
+    a, b = itertools.accumulate(_compat.scan_counts(eqn))
 
+    def step(carry, x):
+        outs = _of_element(inner[0], index, [*xs[:a], *carry, *x])
+        return outs[: b - a], outs[b - a :]
 
-def _name(eqn):
-    return f"{eqn.primitive.name} ({source_info_util.summarize(eqn.source_info)})"
+    how = {k: params[k] for k in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(step, xs[a:b], xs[b:], **how)
+    return [*carry, *ys]

@@ -46,24 +46,63 @@ class MapReduce:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scan:
+    """A loop of `length` rounds or more: `(constants, carry, x) -> (carry, y)`."""
+
+    body: "Plan"
+    length: int
+    reverse: bool
+    constants: tuple[int, ...]
+    init: tuple[int, ...]
+    xs: tuple[int, ...]
+    carry: tuple[int, ...]
+    ys: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class While:
+    """A loop while `predicate: (constants, carry) -> [bool]` says so."""
+
+    predicate: "Plan"
+    body: "Plan"
+    predicate_constants: tuple[int, ...]
+    body_constants: tuple[int, ...]
+    init: tuple[int, ...]
+    carry: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One of several plans, the one that the server value `index` says."""
+
+    branches: tuple["Plan", ...]
+    index: int
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+
+
+Stage = Server | MapReduce | Scan | While | Branch
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A program as stages over numbered values.
 
     Args:
-      stages: `Server` and `MapReduce` stages, in order.
-      avals: the types of values, by number.
+      stages: in order.
+      avals: the types of all values, by number.
       at: where placed values have their elements, by number.
       inputs: the arguments' numbers, leaf by leaf.
       constants: values known from the start.
-      outputs: numbers of the results' leaves, or literal values.
+      outputs: the results' numbers, leaf by leaf.
     """
 
-    stages: tuple[Server | MapReduce, ...]
-    avals: dict[int, Any]
+    stages: tuple[Stage, ...]
+    avals: tuple[Any, ...]
     at: dict[int, At]
     inputs: tuple[int, ...]
     constants: dict[int, Any]
-    outputs: tuple[Any, ...]
+    outputs: tuple[int, ...]
     in_tree: Any
     out_tree: Any
 

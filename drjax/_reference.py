@@ -1,13 +1,15 @@
 """The reference engine: runs a plan one element at a time, slowly and obviously."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from drjax._jaxprs import as_fun
-from drjax._plan import MapReduce, Plan
+from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
 
 _OPERATIONS = {
     "sum": jnp.add,
@@ -27,16 +29,50 @@ def run_plan(plan: Plan, *args: Any) -> Any:
             f"drjax.run_plan: the plan is for arguments of structure {plan.in_tree}, "
             f"but got {tree}."
         )
+    return jax.tree.unflatten(plan.out_tree, _run(plan, leaves))
+
+
+def _run(plan: Plan, inputs: Sequence[Any]) -> list[Any]:
     env = dict(plan.constants)
-    env.update(zip(plan.inputs, leaves, strict=True))
+    env.update(zip(plan.inputs, inputs, strict=True))
+
+    def read(ids):
+        return [env[i] for i in ids]
+
+    def write(ids, values):
+        env.update(zip(ids, values, strict=True))
+
     for stage in plan.stages:
-        if isinstance(stage, MapReduce):
-            _run_round(plan, stage, env)
-        else:
-            outs = as_fun(stage.jaxpr)(*(env[i] for i in stage.inputs))
-            env.update(zip(stage.outputs, outs, strict=True))
-    outs = [env[v] if isinstance(v, int) else v for v in plan.outputs]
-    return jax.tree.unflatten(plan.out_tree, outs)
+        match stage:
+            case Server():
+                write(stage.outputs, as_fun(stage.jaxpr)(*read(stage.inputs)))
+            case MapReduce():
+                _run_round(plan, stage, env)
+            case Scan():
+                constants, carry = read(stage.constants), read(stage.init)
+                ys = [None] * stage.length
+                steps = range(stage.length)
+                for t in reversed(steps) if stage.reverse else steps:
+                    xs = [x[t] for x in read(stage.xs)]
+                    outs = _run(stage.body, [*constants, *carry, *xs])
+                    carry, ys[t] = outs[: len(carry)], outs[len(carry) :]
+                write(stage.carry, carry)
+                stacked = [jnp.stack(y) for y in zip(*ys, strict=True)]
+                if not stage.length:
+                    avals = [plan.avals[i] for i in stage.ys]
+                    stacked = [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+                write(stage.ys, stacked)
+            case While():
+                constants, carry = read(stage.body_constants), read(stage.init)
+                given = read(stage.predicate_constants)
+                while _run(stage.predicate, [*given, *carry])[0]:
+                    carry = _run(stage.body, [*constants, *carry])
+                write(stage.carry, carry)
+            case Branch():
+                last = len(stage.branches) - 1
+                branch = stage.branches[min(max(int(env[stage.index]), 0), last)]
+                write(stage.results, _run(branch, read(stage.operands)))
+    return read(plan.outputs)
 
 
 def _run_round(plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:
@@ -44,7 +80,7 @@ def _run_round(plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:
     results = []
     for element in range(stage.n):
         own = [
-            jax.lax.index_in_dim(env[i], element, plan.at[i].axis, keepdims=False)
+            lax.index_in_dim(env[i], element, plan.at[i].axis, keepdims=False)
             for i in stage.placed_inputs
         ]
         results.append(as_fun(stage.body)(jnp.int32(element), *server, *own))
