@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import Var
 from jax.interpreters import ad
 
-from drjax import _mesh
+from drjax import _convolutions, _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import as_fun, cached_by_jaxpr, debug_info, is_in, struct, trace
 from drjax._map import Bulk, evaluate, make_bulk
@@ -58,7 +58,7 @@ def contraction_bulk(
         for i, placed in enumerate(out_placed)
         if not placed and (ending := _ending(body, body.jaxpr.outvars[i]))
     }
-    if not endings or body.effects:
+    if not endings or body.effects or _convolutions.refused(body, mesh):
         return None
     operands = [v for ending in endings.values() for v in (*ending.a, *ending.b)]
     before = ClosedJaxpr(body.jaxpr.replace(outvars=operands), ())

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, mapped_aval
 from jax.interpreters import batching, mlir
 
-from drjax import _compat, _mesh
+from drjax import _compat, _convolutions, _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import (
     as_fun,
@@ -105,7 +105,12 @@ def bind(
 #
 # Value and type.
 #
-def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk):
+def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk, matmuls):
+    if matmuls:  # Only here: what derives from a map has its convolutions.
+        body = _convolutions.of_elements(body)
+        if bulk is not None:
+            in_bulk = _convolutions.of_groups(bulk.jaxpr, n)
+            bulk = dataclasses.replace(bulk, jaxpr=in_bulk)
     with jax.named_scope(name):
         return evaluate(body, bulk, in_placed, out_placed, placement, n, mesh)(*args)
 

@@ -27,7 +27,7 @@ from jax.extend.core import gensym
 from jax.interpreters import ad
 from jax.interpreters import partial_eval as pe
 
-from drjax import _mesh
+from drjax import _convolutions, _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._contractions import contraction_bulk
 from drjax._jaxprs import (
@@ -420,7 +420,7 @@ def _transpose_bulk(
     None for what linearizing leaves of a custom_vjp, whose rule need not be linear: the
     transpose applies it to each element's cotangent, and this would, to their sum.
     """
-    if any(equations(body, "custom_lin")):
+    if any(equations(body, "custom_lin")) or _convolutions.refused(body, mesh):
         return None
 
     def whole(avals, placed):

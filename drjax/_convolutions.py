@@ -1,0 +1,254 @@
+"""Convolutions whose input and kernel both differ between elements, as matmuls.
+
+vmap makes one convolution with a group for each element of them, which is slow on CPU
+and GPU. Write b for the batch, p for output positions, q for input positions, k for the
+taps of the kernel, c and o for channels, and X for the input x, padded and dilated. In
+each spatial dimension, with stride s and kernel dilation d,
+
+    out[b, p, o] = sum_{k, c} X[b, p s + k d, c] w[k, c, o]
+
+There are three ways to write that with slices and matmuls, which vmap batches:
+
+    by tap        sum_k  (slice_k X)[b, p, c] w[k, c, o]
+    by tap, late  sum_k  slice_k of the padded and dilated  x[b, q, c] w[k, c, o]
+    by position   for each p, (slice_p X)[b, k, c] w[k, c, o], contracted over k and c
+
+where slice_k X is X at all p s + k d, and slice_p X the same for one p and all k. The
+taps are few in a layer and in the gradient of its input, and the positions in that of
+its kernel. By tap, the matmuls read or write as many numbers for each tap as there are
+in x or in the result, whichever is smaller; few channels want several taps at once, side
+by side.
+"""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive, mapped_aval, unmapped_aval
+from jax.interpreters import batching, mlir
+
+from drjax import _mesh
+from drjax._compat import ClosedJaxpr
+from drjax._jaxprs import cached_by_jaxpr, equations
+
+_MAX_SLICES = 64  # With more, a convolution stays one.
+_CONTRACTED = 32  # Channels that are worth a matmul of their own.
+
+
+#
+# convolution_p: a conv_general_dilated with its parameters, and `mapped`: the number of
+# leading axes over which it is mapped, or None if only vmap will tell. With a number, it
+# is lowered to matmuls.
+#
+convolution_p = Primitive("drjax_convolution")
+
+
+def _run(lhs, rhs, *, mapped, **params):
+    return _vmap(_convolution, mapped, params)(lhs, rhs)
+
+
+def _run_matmuls(lhs, rhs, *, mapped, **params):
+    one = _convolution if mapped is None else _matmuls
+    return _vmap(one, mapped, params)(lhs, rhs)
+
+
+def _vmap(fn, mapped, params):
+    fn = functools.partial(fn, **params)
+    for _ in range(mapped or 0):
+        fn = jax.vmap(fn)
+    return fn
+
+
+def _convolution(lhs, rhs, **params):
+    return lax.conv_general_dilated_p.bind(lhs, rhs, **params)
+
+
+def _abstract_eval(lhs, rhs, *, mapped, **params):
+    if not mapped:
+        return lax.conv_general_dilated_p.abstract_eval(lhs, rhs, **params)[0]
+    n = lhs.shape[0]
+    one = mapped_aval(n, 0, lhs), mapped_aval(n, 0, rhs)
+    return unmapped_aval(n, 0, _abstract_eval(*one, mapped=mapped - 1, **params))
+
+
+def _batch(args, dims, *, mapped, **params):
+    if None in dims or not mapped and args[0].shape[dims[0]] == 1:
+        run = functools.partial(_run, mapped=mapped, **params)
+        return jax.vmap(run, dims)(*args), 0
+    lhs, rhs = (jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True))
+    if any(jax.typeof(lhs).sharding.spec):  # Explicit axes: JAX refuses the groups.
+        return _run_matmuls(lhs, rhs, mapped=(mapped or 0) + 1, **params), 0
+    return convolution_p.bind(lhs, rhs, mapped=(mapped or 0) + 1, **params), 0
+
+
+_PARAMETERS = (
+    *("mapped", "window_strides", "padding", "lhs_dilation", "rhs_dilation"),
+    *("dimension_numbers", "feature_group_count", "batch_group_count", "precision"),
+    *("preferred_element_type", "out_sharding"),
+)
+convolution_p.def_impl(jax.jit(convolution_p.bind, static_argnames=_PARAMETERS))
+convolution_p.def_abstract_eval(_abstract_eval)
+batching.primitive_batchers[convolution_p] = _batch
+mlir.register_lowering(convolution_p, mlir.lower_fun(_run, multiple_results=False))
+for _platform in ("cpu", "cuda", "rocm"):
+    mlir.register_lowering(
+        convolution_p,
+        mlir.lower_fun(_run_matmuls, multiple_results=False),
+        platform=_platform,
+    )
+
+
+@cached_by_jaxpr
+def of_elements(body: ClosedJaxpr) -> ClosedJaxpr:
+    """A body in which vmap will tell which convolutions are mapped."""
+    return _replaced(body, lambda params: dict(params, mapped=None))
+
+
+@cached_by_jaxpr
+def of_groups(jaxpr: ClosedJaxpr, n: int) -> ClosedJaxpr:
+    """A jaxpr over whole arrays in which those that vmap has grouped are found."""
+
+    def new_params(params):
+        groups = params["feature_group_count"] * params["batch_group_count"]
+        return None if n == 1 or groups % n else dict(params, mapped=0)
+
+    return _replaced(jaxpr, new_params)
+
+
+def _replaced(jaxpr: Any, new_params: Any) -> Any:
+    """Makes `convolution_p` of convolutions, also in the jaxprs inside."""
+    if isinstance(jaxpr, tuple):
+        return tuple(_replaced(inner, new_params) for inner in jaxpr)
+    if hasattr(jaxpr, "jaxpr") and jaxpr.jaxpr is not jaxpr:
+        inner = _replaced(jaxpr.jaxpr, new_params)
+        return jaxpr if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
+    if not hasattr(jaxpr, "eqns") or not any(equations(jaxpr, _NAME)):
+        return jaxpr
+    eqns = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is not lax.conv_general_dilated_p:
+            params = {k: _replaced(v, new_params) for k, v in eqn.params.items()}
+            eqn = eqn.replace(params=params)
+        elif params := new_params(eqn.params):
+            eqn = eqn.replace(primitive=convolution_p, params=params)
+        eqns.append(eqn)
+    return jaxpr.replace(eqns=eqns)
+
+
+_NAME = lax.conv_general_dilated_p.name
+
+
+def refused(body: ClosedJaxpr, mesh: _mesh.Mesh | None) -> bool:
+    """Whether JAX may refuse the vmap of a body for its convolutions."""
+    return _mesh.is_explicit(mesh) and any(equations(body, _NAME))
+
+
+#
+# One convolution as matmuls.
+#
+def _matmuls(lhs, rhs, *, feature_group_count, batch_group_count, **params):
+    (x_b, x_c, *x_space), (w_o, w_c, *w_space), out_spec = params["dimension_numbers"]
+    one = functools.partial(_matmuls, feature_group_count=1, batch_group_count=1)
+    if (n := feature_group_count * batch_group_count) > 1:  # One of the two is 1.
+        axis, out_axis = x_c if feature_group_count > 1 else x_b, out_spec[1]
+        of_groups = jax.vmap(functools.partial(one, **params), (axis, w_o), out_axis)
+        out = of_groups(_split(lhs, axis, n), _split(rhs, w_o, n))
+        return lax.collapse(out, out_axis, out_axis + 2)
+
+    convolution = functools.partial(
+        _convolution, feature_group_count=1, batch_group_count=1, **params
+    )
+    out = jax.eval_shape(convolution, lhs, rhs)
+    x, w = lhs.transpose(x_b, *x_space, x_c), rhs.transpose(*w_space, w_c, w_o)
+    taps = w.shape[:-2]
+    positions = tuple(out.shape[axis] for axis in out_spec[2:])
+    n_slices = min(math.prod(taps), math.prod(positions))
+    if not 0 < n_slices <= _MAX_SLICES or _is_sharded(params["out_sharding"]):
+        return convolution(lhs, rhs)
+
+    # Sums of halves are kept in float32, as in one matmul.
+    half = jnp.issubdtype(out.dtype, jnp.floating) and jnp.finfo(out.dtype).bits < 32
+    dot = functools.partial(
+        lax.dot_general,
+        precision=params["precision"],
+        preferred_element_type=jnp.float32 if half else out.dtype,
+    )
+    geometry = taps, positions, params["rhs_dilation"], params["window_strides"]
+    pad = functools.partial(_pad, params["padding"], params["lhs_dilation"])
+    if n_slices < math.prod(taps):
+        form = _by_position
+    elif math.prod(positions) * x.shape[-1] <= math.prod(x.shape[1:-1]) * w.shape[-1]:
+        form = _by_tap
+    else:
+        form = _by_tap_late
+    result = form(x, w, pad, dot, *geometry).astype(out.dtype)  # [b, *p, o]
+    axes = 0, result.ndim - 1, *range(1, result.ndim - 1)
+    return jnp.moveaxis(result, axes, out_spec)
+
+
+def _by_position(x, w, pad, dot, taps, positions, dilation, stride):
+    x, space = pad(x), range(len(taps))
+    contracted = ((*(axis + 1 for axis in space), x.ndim - 1), (*space, len(taps)))
+    outs = [
+        dot(_slice(x, i, stride, taps, dilation), w, (contracted, ((), ())))
+        for i in _indices(positions)
+    ]
+    return jnp.stack(outs, 1).reshape(x.shape[0], *positions, w.shape[-1])
+
+
+def _by_tap(x, w, pad, dot, taps, positions, dilation, stride):
+    x, channels = pad(x), x.shape[-1]
+    w = w.reshape(-1, w.shape[-1])  # [k c, o]
+    slices = [_slice(x, i, dilation, positions, stride) for i in _indices(taps)]
+    side_by_side = max(1, _CONTRACTED // channels)
+    return sum(
+        dot(
+            jnp.concatenate(slices[i : i + side_by_side], -1),
+            w[i * channels : (i + side_by_side) * channels],
+            (((x.ndim - 1,), (0,)), ((), ())),
+        )
+        for i in range(0, len(slices), side_by_side)
+    )
+
+
+def _by_tap_late(x, w, pad, dot, taps, positions, dilation, stride):
+    w = w.reshape(-1, *w.shape[-2:])  # [k, c, o]
+    y = dot(x, w, (((x.ndim - 1,), (1,)), ((), ())))  # [b, *q, k, o]
+    return sum(
+        _slice(pad(y[..., k, :]), i, dilation, positions, stride)
+        for k, i in enumerate(_indices(taps))
+    )
+
+
+def _indices(counts):
+    return itertools.product(*map(range, counts))
+
+
+def _pad(padding, dilation, x):
+    """Pads and dilates the spatial axes, all but the first and the last."""
+    space = [(lo, hi, d - 1) for (lo, hi), d in zip(padding, dilation, strict=True)]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *space, (0, 0, 0)])
+
+
+def _slice(x, index, step, counts, stride):
+    """Of the spatial axes, `counts` numbers from `index * step` on, `stride` apart."""
+    starts = [i * d for i, d in zip(index, step, strict=True)]
+    limits = [
+        start + (n - 1) * s + 1
+        for start, n, s in zip(starts, counts, stride, strict=True)
+    ]
+    return lax.slice(
+        x, (0, *starts, 0), (x.shape[0], *limits, x.shape[-1]), (1, *stride, 1)
+    )
+
+
+def _split(x, axis, n):
+    return x.reshape(*x.shape[:axis], n, -1, *x.shape[axis + 1 :])
+
+
+def _is_sharded(sharding):
+    return sharding is not None and any(sharding.spec)
