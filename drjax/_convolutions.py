@@ -201,17 +201,18 @@ def _by_position(x, w, pad, dot, taps, positions, dilation, stride):
 
 
 def _by_tap(x, w, pad, dot, taps, positions, dilation, stride):
-    x, channels = pad(x), x.shape[-1]
-    w = w.reshape(-1, w.shape[-1])  # [k c, o]
-    slices = [_slice(x, i, dilation, positions, stride) for i in _indices(taps)]
-    side_by_side = max(1, _CONTRACTED // channels)
+    x, lead = pad(x), len(taps)
+    while lead and x.shape[-1] < _CONTRACTED:  # Another axis' taps, side by side.
+        lead -= 1
+        one = slice(lead, lead + 1)
+        geometry = dilation[one], positions[one], stride[one]
+        slices = [_slice(x, i, *geometry, axis=lead + 1) for i in _indices(taps[one])]
+        x = jnp.concatenate(slices, -1)
+    w = w.reshape(-1, x.shape[-1], w.shape[-1])
+    geometry = dilation[:lead], positions[:lead], stride[:lead]
     return sum(
-        dot(
-            jnp.concatenate(slices[i : i + side_by_side], -1),
-            w[i * channels : (i + side_by_side) * channels],
-            (((x.ndim - 1,), (0,)), ((), ())),
-        )
-        for i in range(0, len(slices), side_by_side)
+        dot(_slice(x, i, *geometry), w[k], (((x.ndim - 1,), (0,)), ((), ())))
+        for k, i in enumerate(_indices(taps[:lead]))
     )
 
 
@@ -234,16 +235,12 @@ def _pad(padding, dilation, x):
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *space, (0, 0, 0)])
 
 
-def _slice(x, index, step, counts, stride):
-    """Of the spatial axes, `counts` numbers from `index * step` on, `stride` apart."""
-    starts = [i * d for i, d in zip(index, step, strict=True)]
-    limits = [
-        start + (n - 1) * s + 1
-        for start, n, s in zip(starts, counts, stride, strict=True)
-    ]
-    return lax.slice(
-        x, (0, *starts, 0), (x.shape[0], *limits, x.shape[-1]), (1, *stride, 1)
-    )
+def _slice(x, index, step, counts, stride, axis=1):
+    """On axes from `axis` on, `counts` values from `index * step`, `stride` apart."""
+    for i, d, n, s in zip(index, step, counts, stride, strict=True):
+        x = lax.slice_in_dim(x, i * d, i * d + (n - 1) * s + 1, s, axis)
+        axis += 1
+    return x
 
 
 def _split(x, axis, n):
