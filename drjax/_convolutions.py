@@ -36,7 +36,7 @@ from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import cached_by_jaxpr, equations
 
 _MAX_SLICES = 64  # With more, a convolution stays one.
-_CONTRACTED = 32  # Channels that are worth a matmul of their own.
+_WIDE = 32  # Channels that are worth a matmul of their own.
 
 
 #
@@ -191,18 +191,33 @@ def _matmuls(lhs, rhs, *, feature_group_count, batch_group_count, **params):
 
 
 def _by_position(x, w, pad, dot, taps, positions, dilation, stride):
-    x, space = pad(x), range(len(taps))
-    contracted = ((*(axis + 1 for axis in space), x.ndim - 1), (*space, len(taps)))
-    outs = [
-        dot(_slice(x, i, stride, taps, dilation), w, (contracted, ((), ())))
-        for i in _indices(positions)
-    ]
-    return jnp.stack(outs, 1).reshape(x.shape[0], *positions, w.shape[-1])
+    x, b, lead = pad(x), x.shape[0], len(taps)
+    while lead and x.shape[0] < _WIDE:  # Another axis' positions, side by side.
+        lead -= 1
+        one = slice(lead, lead + 1)
+        geometry = stride[one], taps[one], dilation[one]
+        x = jnp.concatenate(
+            [_slice(x, i, *geometry, axis=lead + 1) for i in _indices(positions[one])]
+        )
+    size = [(n - 1) * d + 1 for n, d in zip(taps[:lead], dilation, strict=False)]
+    size = x.shape[0], *size, *x.shape[lead + 1 :]
+    axes = tuple(range(w.ndim - 1))
+
+    def at(start):  # In a loop, for all the windows at once are large.
+        rest = [0] * (len(taps) - lead + 1)
+        window = lax.dynamic_slice(x, [0, *start, *rest], size)
+        geometry = dilation[:lead], taps[:lead], dilation[:lead]
+        window = _slice(window, [0] * lead, *geometry)
+        return dot(window, w, ((tuple(axis + 1 for axis in axes), axes), ((), ())))
+
+    starts = [*_indices(positions[:lead])]
+    outs = lax.map(at, jnp.array(starts) * jnp.array(stride[:lead]))
+    return jnp.moveaxis(outs.reshape(*positions, b, -1), -2, 0)
 
 
 def _by_tap(x, w, pad, dot, taps, positions, dilation, stride):
     x, lead = pad(x), len(taps)
-    while lead and x.shape[-1] < _CONTRACTED:  # Another axis' taps, side by side.
+    while lead and x.shape[-1] < _WIDE:  # Another axis' taps, side by side.
         lead -= 1
         one = slice(lead, lead + 1)
         geometry = dilation[one], positions[one], stride[one]
