@@ -2,22 +2,23 @@
 
 vmap makes one convolution with a group for each element of them, which is slow on CPU
 and GPU. Write b for the batch, p for output positions, q for input positions, k for the
-taps of the kernel, c and o for channels, and X for the input x, padded and dilated. In
-each spatial dimension, with stride s and kernel dilation d,
+taps of the kernel, c and o for channels, and X for the input x, padded and dilated. With
+stride s and kernel dilation d, in each spatial dimension,
 
     out[b, p, o] = sum_{k, c} X[b, p s + k d, c] w[k, c, o]
 
-There are three ways to write that with slices and matmuls, which vmap batches:
+which is slices and matmuls, batched by vmap:
 
-    by tap        sum_k  (slice_k X)[b, p, c] w[k, c, o]
-    by tap, late  sum_k  slice_k of the padded and dilated  x[b, q, c] w[k, c, o]
-    by position   for each p, (slice_p X)[b, k, c] w[k, c, o], contracted over k and c
+    by tap       sum_k (slice_k of X)[b, p, c] w[k, c, o]
+    late         sum_k slice_k of X, for X what padding and dilating make of
+                 y_k[b, q, o] = sum_c x[b, q, c] w[k, c, o]
+    by position  for each p: sum_{k, c} (slice_p of X)[b, k, c] w[k, c, o]
 
-where slice_k X is X at all p s + k d, and slice_p X the same for one p and all k. The
-taps are few in a layer and in the gradient of its input, and the positions in that of
-its kernel. By tap, the matmuls read or write as many numbers for each tap as there are
-in x or in the result, whichever is smaller; few channels want several taps at once, side
-by side.
+where slice_k holds X at p s + k d for all p, and slice_p for all k. The taps are few in
+a layer and in the gradient of its input; the positions in that of its kernel. By tap is
+best where the input has fewer numbers than the result, late where it has more. A matmul
+of few channels by tap, or of a small batch by position, is slow, so those of several
+slices stand side by side then, axis by axis: the more familiar im2col.
 """
 
 import functools
@@ -35,8 +36,11 @@ from drjax import _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import cached_by_jaxpr, equations
 
-_MAX_SLICES = 64  # With more, a convolution stays one.
-_WIDE = 32  # Channels that are worth a matmul of their own.
+# Measured on CPU, see `benchmarks`. A convolution stays one if it needs more slices than
+# that, or if what is read for one element, taps side by side, is more numbers than that.
+_MAX_SLICES = 64
+_MAX_PATCHES = 2**19
+_WIDE = 32  # Rows or columns that are worth a matmul of their own.
 
 
 #
@@ -185,20 +189,23 @@ def _matmuls(lhs, rhs, *, feature_group_count, batch_group_count, **params):
         form = _by_tap
     else:
         form = _by_tap_late
+    if form is _by_tap:
+        n_patches = x.shape[0] * math.prod(positions) * _widened(x.shape[-1], taps)[1]
+        if n_patches > _MAX_PATCHES and x.shape[-1] < _WIDE:
+            return convolution(lhs, rhs)
     result = form(x, w, pad, dot, *geometry).astype(out.dtype)  # [b, *p, o]
     axes = 0, result.ndim - 1, *range(1, result.ndim - 1)
     return jnp.moveaxis(result, axes, out_spec)
 
 
 def _by_position(x, w, pad, dot, taps, positions, dilation, stride):
-    x, b, lead = pad(x), x.shape[0], len(taps)
-    while lead and x.shape[0] < _WIDE:  # Another axis' positions, side by side.
-        lead -= 1
-        one = slice(lead, lead + 1)
+    x, b = pad(x), x.shape[0]
+    lead, _ = _widened(b, positions)
+    for axis in reversed(range(lead, len(taps))):
+        one = slice(axis, axis + 1)
         geometry = stride[one], taps[one], dilation[one]
-        x = jnp.concatenate(
-            [_slice(x, i, *geometry, axis=lead + 1) for i in _indices(positions[one])]
-        )
+        slices = [_slice(x, i, *geometry, axis + 1) for i in _indices(positions[one])]
+        x = jnp.concatenate(slices)
     size = [(n - 1) * d + 1 for n, d in zip(taps[:lead], dilation, strict=False)]
     size = x.shape[0], *size, *x.shape[lead + 1 :]
     axes = tuple(range(w.ndim - 1))
@@ -216,12 +223,12 @@ def _by_position(x, w, pad, dot, taps, positions, dilation, stride):
 
 
 def _by_tap(x, w, pad, dot, taps, positions, dilation, stride):
-    x, lead = pad(x), len(taps)
-    while lead and x.shape[-1] < _WIDE:  # Another axis' taps, side by side.
-        lead -= 1
-        one = slice(lead, lead + 1)
+    x = pad(x)
+    lead, _ = _widened(x.shape[-1], taps)
+    for axis in reversed(range(lead, len(taps))):
+        one = slice(axis, axis + 1)
         geometry = dilation[one], positions[one], stride[one]
-        slices = [_slice(x, i, *geometry, axis=lead + 1) for i in _indices(taps[one])]
+        slices = [_slice(x, i, *geometry, axis + 1) for i in _indices(taps[one])]
         x = jnp.concatenate(slices, -1)
     w = w.reshape(-1, x.shape[-1], w.shape[-1])
     geometry = dilation[:lead], positions[:lead], stride[:lead]
@@ -238,6 +245,18 @@ def _by_tap_late(x, w, pad, dot, taps, positions, dilation, stride):
         _slice(pad(y[..., k, :]), i, dilation, positions, stride)
         for k, i in enumerate(_indices(taps))
     )
+
+
+def _widened(width, counts):
+    """Puts what the last axes count side by side until that is wide enough.
+
+    Returns how many axes are left, and the width.
+    """
+    lead = len(counts)
+    while lead and width < _WIDE:
+        lead -= 1
+        width *= counts[lead]
+    return lead, width
 
 
 def _indices(counts):
