@@ -1,9 +1,9 @@
 """Convolutions whose input and kernel both differ between elements, as matmuls.
 
 vmap makes one convolution with a group for each element of them, which is slow on CPU
-and GPU. Write b for the batch, p for output positions, q for input positions, k for the
-taps of the kernel, c and o for channels, and X for the input x, padded and dilated. With
-stride s and kernel dilation d, in each spatial dimension,
+and GPU. Write b for the batch, p for output positions, q for input positions, k for
+the taps of the kernel, c and o for channels, and X for the input x, padded and dilated.
+With stride s and kernel dilation d, in each spatial dimension,
 
     out[b, p, o] = sum_{k, c} X[b, p s + k d, c] w[k, c, o]
 
@@ -36,17 +36,17 @@ from drjax import _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import cached_by_jaxpr, equations
 
-# Measured on CPU, see `benchmarks`. A convolution stays one if it needs more slices than
-# that, or if what is read for one element, taps side by side, is more numbers than that.
+# Measured on CPU. A convolution stays one if it needs more slices than that, or if its
+# taps side by side, for one element, are more numbers than that.
 _MAX_SLICES = 64
 _MAX_PATCHES = 2**19
 _WIDE = 32  # Rows or columns that are worth a matmul of their own.
 
 
 #
-# convolution_p: a conv_general_dilated with its parameters, and `mapped`: the number of
-# leading axes over which it is mapped, or None if only vmap will tell. With a number, it
-# is lowered to matmuls.
+# convolution_p: a conv_general_dilated with its parameters, and `mapped`: the number
+# of leading axes over which it is mapped, or None if only vmap will tell. With a number,
+# it is lowered to matmuls.
 #
 convolution_p = Primitive("drjax_convolution")
 
@@ -80,7 +80,7 @@ def _abstract_eval(lhs, rhs, *, mapped, **params):
 
 
 def _batch(args, dims, *, mapped, **params):
-    if None in dims or not mapped and args[0].shape[dims[0]] == 1:
+    if None in dims or (not mapped and args[0].shape[dims[0]] == 1):
         run = functools.partial(_run, mapped=mapped, **params)
         return jax.vmap(run, dims)(*args), 0
     lhs, rhs = (jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True))

@@ -31,27 +31,25 @@ def normal(seed, shape, dtype="float32"):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def derivatives(run):
-    """The value of a scalar function of two arrays, and derivatives to second order."""
-
-    def gradient(x, w):
-        return jax.grad(lambda *xw: jnp.real(run(*xw)), (0, 1))(x, w)
-
-    def second(x, w):
-        norm = lambda x, w: sum(jnp.sum(jnp.abs(g) ** 2) for g in gradient(x, w))  # noqa: E731
-        return jax.grad(norm, (0, 1))(x, w)
-
-    return lambda x, w: (run(x, w), gradient(x, w), second(x, w))
+def value_and_gradients(run):
+    return jax.value_and_grad(lambda *args: jnp.real(run(*args)), (0, 1))
 
 
-def assert_same(body, *args, tolerance=1e-4):
+def with_second_order(run):
+    def norm(x, w):
+        return sum(jnp.sum(jnp.abs(g) ** 2) for g in value_and_gradients(run)(x, w)[1])
+
+    return lambda x, w: (value_and_gradients(run)(x, w), jax.grad(norm, (0, 1))(x, w))
+
+
+def assert_same(body, *args, derivatives=value_and_gradients, tolerance=1e-4):
     """Compares with the untouched body, each result relative to its largest entry."""
     totals = (
-        lambda *args, run=program(body, on): jnp.sum(run(*args) ** 2)
+        lambda *args, run=program(body, on): jnp.mean(run(*args) ** 2)
         for on in (True, False)
     )
     ours, plain = (jax.jit(derivatives(total))(*args) for total in totals)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
         assert a.dtype == b.dtype
         a, b = (np.asarray(v.astype(jnp.promote_types(v.dtype, "f4"))) for v in (a, b))
         np.testing.assert_allclose(a, b, atol=tolerance * (1e-6 + np.abs(b).max()))
@@ -100,7 +98,7 @@ def convolutions(draw):
     return body, *shapes
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(convolutions())
 def test_values_and_derivatives_are_those_of_the_convolution(case):
     body, x_shape, w_shape = case
@@ -144,6 +142,11 @@ X, W = normal(0, (N, 2, 6, 6, 3)), normal(1, (N, 3, 3, 3, 3))
 @pytest.mark.parametrize("body", WRAPPED.values(), ids=WRAPPED)
 def test_in_control_flow(body):
     assert_same(body, X, W)
+
+
+@pytest.mark.parametrize("name", ["strided", "scan"])
+def test_second_order(name):
+    assert_same(WRAPPED[name], X, W, derivatives=with_second_order)
 
 
 @pytest.mark.parametrize(
