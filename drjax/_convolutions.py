@@ -45,8 +45,8 @@ _WIDE = 32  # Rows or columns that are worth a matmul of their own.
 
 #
 # convolution_p: a conv_general_dilated with its parameters, and `mapped`: the number
-# of leading axes over which it is mapped, or None if only vmap will tell. With a number,
-# it is lowered to matmuls.
+# of leading axes over which it is mapped, or None if only vmap will tell. With a
+# number, it is lowered to matmuls.
 #
 convolution_p = Primitive("drjax_convolution")
 

@@ -44,11 +44,12 @@ def with_second_order(run):
 
 def assert_same(body, *args, derivatives=value_and_gradients, tolerance=1e-4):
     """Compares with the untouched body, each result relative to its largest entry."""
-    totals = (
-        lambda *args, run=program(body, on): jnp.mean(run(*args) ** 2)
-        for on in (True, False)
-    )
-    ours, plain = (jax.jit(derivatives(total))(*args) for total in totals)
+
+    def results(on):
+        run = program(body, on)
+        return jax.jit(derivatives(lambda *args: jnp.mean(run(*args) ** 2)))(*args)
+
+    ours, plain = results(True), results(False)
     for a, b in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
         assert a.dtype == b.dtype
         a, b = (np.asarray(v.astype(jnp.promote_types(v.dtype, "f4"))) for v in (a, b))
