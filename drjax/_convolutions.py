@@ -27,6 +27,7 @@ import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive, mapped_aval, unmapped_aval
@@ -171,7 +172,10 @@ def _matmuls(lhs, rhs, *, feature_group_count, batch_group_count, **params):
     taps = w.shape[:-2]
     positions = tuple(out.shape[axis] for axis in out_spec[2:])
     n_slices = min(math.prod(taps), math.prod(positions))
-    if not 0 < n_slices <= _MAX_SLICES or _is_sharded(params["out_sharding"]):
+    symbolic = any(map(jax.export.is_symbolic_dim, (*lhs.shape, *rhs.shape)))
+    sharding = params["out_sharding"]
+    sharded = sharding is not None and any(sharding.spec)
+    if symbolic or sharded or not 0 < n_slices <= _MAX_SLICES:
         return convolution(lhs, rhs)
 
     # Sums of halves are kept in float32, as in one matmul.
@@ -219,7 +223,8 @@ def _by_position(x, w, pad, dot, taps, positions, dilation, stride):
 
     starts = [*_indices(positions[:lead])]
     outs = lax.map(at, jnp.array(starts) * jnp.array(stride[:lead]))
-    return jnp.moveaxis(outs.reshape(*positions, b, -1), -2, 0)
+    outs = lax.collapse(outs, 0, 2).reshape(*positions, b, w.shape[-1])
+    return jnp.moveaxis(outs, -2, 0)
 
 
 def _by_tap(x, w, pad, dot, taps, positions, dilation, stride):
@@ -230,16 +235,16 @@ def _by_tap(x, w, pad, dot, taps, positions, dilation, stride):
         geometry = dilation[one], positions[one], stride[one]
         slices = [_slice(x, i, *geometry, axis + 1) for i in _indices(taps[one])]
         x = jnp.concatenate(slices, -1)
-    w = w.reshape(-1, x.shape[-1], w.shape[-1])
+    w = lax.collapse(w, lead, len(taps) + 1)
     geometry = dilation[:lead], positions[:lead], stride[:lead]
     return sum(
-        dot(_slice(x, i, *geometry), w[k], (((x.ndim - 1,), (0,)), ((), ())))
-        for k, i in enumerate(_indices(taps[:lead]))
+        dot(_slice(x, i, *geometry), w[i], (((x.ndim - 1,), (0,)), ((), ())))
+        for i in _indices(taps[:lead])
     )
 
 
 def _by_tap_late(x, w, pad, dot, taps, positions, dilation, stride):
-    w = w.reshape(-1, *w.shape[-2:])  # [k, c, o]
+    w = lax.collapse(w, 0, len(taps))  # [k, c, o]
     y = dot(x, w, (((x.ndim - 1,), (1,)), ((), ())))  # [b, *q, k, o]
     return sum(
         _slice(pad(y[..., k, :]), i, dilation, positions, stride)
@@ -279,7 +284,3 @@ def _slice(x, index, step, counts, stride, axis=1):
 
 def _split(x, axis, n):
     return x.reshape(*x.shape[:axis], n, -1, *x.shape[axis + 1 :])
-
-
-def _is_sharded(sharding):
-    return sharding is not None and any(sharding.spec)

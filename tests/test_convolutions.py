@@ -59,7 +59,7 @@ def assert_same(body, *args, derivatives=value_and_gradients, tolerance=1e-4):
 @st.composite
 def convolutions(draw):
     """A convolution of one element, and the shapes of its input and kernel."""
-    n = draw(st.sampled_from([1, 2, 2]))
+    n = draw(st.sampled_from([0, 1, 2, 2]))
     axis = st.tuples(
         st.integers(4, 9),
         st.integers(1, 3),
@@ -68,8 +68,9 @@ def convolutions(draw):
         st.integers(1, 2),
         st.tuples(st.integers(-1, 3), st.integers(-1, 3)),
     )
-    sizes, taps, strides, lhs_dilation, rhs_dilation, padding = zip(
-        *draw(st.lists(axis, min_size=n, max_size=n)), strict=True
+    axes = draw(st.lists(axis, min_size=n, max_size=n))
+    sizes, taps, strides, lhs_dilation, rhs_dilation, padding = (
+        [axis[i] for axis in axes] for i in range(6)
     )
     groups, of = draw(st.sampled_from([(1, ""), (2, "feature"), (2, "batch")]))
     channels = draw(st.sampled_from([1, 2, 35]))
@@ -248,6 +249,14 @@ def test_only_cpu_and_gpu_get_matmuls(platforms):
     assert (f"_group_count = {N}" in text) == ("tpu" in platforms)
     if "cpu" in platforms:
         np.testing.assert_allclose(exported.call(X, W), run(X, W), rtol=1e-5)
+
+
+def test_a_symbolic_batch_can_be_exported():
+    (b,) = jax.export.symbolic_shape("b")
+    run = jax.jit(program(convolve))
+    x = jax.ShapeDtypeStruct((N, b, *X.shape[2:]), X.dtype)
+    exported = jax.export.export(run, platforms=["cpu"])(x, W)
+    np.testing.assert_allclose(exported.call(X, W), run(X, W), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
