@@ -157,25 +157,26 @@ def refused(body: ClosedJaxpr, mesh: _mesh.Mesh | None) -> bool:
 #
 def _matmuls(lhs, rhs, *, feature_group_count, batch_group_count, **params):
     (x_b, x_c, *x_space), (w_o, w_c, *w_space), out_spec = params["dimension_numbers"]
-    one = functools.partial(_matmuls, feature_group_count=1, batch_group_count=1)
+    groups = dict(feature_group_count=1, batch_group_count=1)
     if (n := feature_group_count * batch_group_count) > 1:  # One of the two is 1.
         axis, out_axis = x_c if feature_group_count > 1 else x_b, out_spec[1]
-        of_groups = jax.vmap(functools.partial(one, **params), (axis, w_o), out_axis)
-        out = of_groups(_split(lhs, axis, n), _split(rhs, w_o, n))
+        one = functools.partial(_matmuls, **groups, **params)
+        out = jax.vmap(one, (axis, w_o), out_axis)(
+            _split(lhs, axis, n), _split(rhs, w_o, n)
+        )
         return lax.collapse(out, out_axis, out_axis + 2)
 
-    convolution = functools.partial(
-        _convolution, feature_group_count=1, batch_group_count=1, **params
-    )
+    convolution = functools.partial(_convolution, **groups, **params)
+    if any(map(jax.export.is_symbolic_dim, (*lhs.shape, *rhs.shape))):
+        return convolution(lhs, rhs)
     out = jax.eval_shape(convolution, lhs, rhs)
     x, w = lhs.transpose(x_b, *x_space, x_c), rhs.transpose(*w_space, w_c, w_o)
     taps = w.shape[:-2]
     positions = tuple(out.shape[axis] for axis in out_spec[2:])
     n_slices = min(math.prod(taps), math.prod(positions))
-    symbolic = any(map(jax.export.is_symbolic_dim, (*lhs.shape, *rhs.shape)))
     sharding = params["out_sharding"]
     sharded = sharding is not None and any(sharding.spec)
-    if symbolic or sharded or not 0 < n_slices <= _MAX_SLICES:
+    if sharded or not 0 < n_slices <= _MAX_SLICES:
         return convolution(lhs, rhs)
 
     # Sums of halves are kept in float32, as in one matmul.

@@ -251,10 +251,10 @@ def test_only_cpu_and_gpu_get_matmuls(platforms):
         np.testing.assert_allclose(exported.call(X, W), run(X, W), rtol=1e-5)
 
 
-def test_a_symbolic_batch_can_be_exported():
-    (b,) = jax.export.symbolic_shape("b")
+@pytest.mark.parametrize("shape", ["b, 6, 6, 3", "2, h, h, 3"])
+def test_symbolic_shapes_can_be_exported(shape):
     run = jax.jit(program(convolve))
-    x = jax.ShapeDtypeStruct((N, b, *X.shape[2:]), X.dtype)
+    x = jax.ShapeDtypeStruct((N, *jax.export.symbolic_shape(shape)), X.dtype)
     exported = jax.export.export(run, platforms=["cpu"])(x, W)
     np.testing.assert_allclose(exported.call(X, W), run(X, W), rtol=1e-4, atol=1e-5)
 
