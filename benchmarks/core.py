@@ -286,8 +286,56 @@ def fedavg(repeats: int) -> Iterator[Row]:
         yield from compare_compiled(name, fns, (1.0, 0.1, params, x, y), repeats)
 
 
+def convolutions(repeats: int) -> Iterator[Row]:
+    """A round of a convolutional network, beside the same with grouped convolutions."""
+    n, key = 16, jax.random.key(0)
+    shapes = {"a": (3, 3, 1, 16), "b": (3, 3, 16, 32), "dense": (7 * 7 * 32, 10)}
+    params = {
+        name: jax.random.normal(key, shape) / np.prod(shape[:-1]) ** 0.5
+        for name, shape in shapes.items()
+    }
+    x = jax.random.normal(key, (n, 2, 8, 28, 28, 1))  # Two batches for each client.
+    y = jax.random.randint(key, (n, 2, 8), 0, 10)
+
+    def layer(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers
+        )
+        b, h, w, c = x.shape
+        return jnp.tanh(x).reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+    def loss(p, x, y):
+        features = layer(layer(x, p["a"]), p["b"])
+        log_p = jax.nn.log_softmax(features.reshape(len(x), -1) @ p["dense"])
+        return -jnp.mean(jnp.take_along_axis(log_p, y[..., None], -1))
+
+    def round_(as_matmuls):
+        @drjax.program(clients=n, convolutions_as_matmuls=as_matmuls)
+        def run(params, x, y):
+            def update(x, y):
+                def step(p, batch):
+                    grads = jax.grad(loss)(p, *batch)
+                    return jax.tree.map(lambda p, g: p - 0.1 * g, p, grads), None
+
+                return jax.lax.scan(step, params, (x, y))[0]
+
+            return drjax.reduce_mean(drjax.map_fn(update, (x, y)))
+
+        return run
+
+    def gradient(fn):
+        return jax.grad(lambda params, x, y: loss(fn(params, x, y), x[0, 0], y[0, 0]))
+
+    for name, transform in (("round", lambda fn: fn), ("gradient of it", gradient)):
+        name = f"convolutional network, {name}"
+        fns = (transform(round_(as_matmuls)) for as_matmuls in (True, False))
+        yield from compare_compiled(name, fns, (params, x, y), repeats)
+
+
 FIGURES: dict[str, Callable[[int], Iterator[Row]]] = {
-    fn.__name__: fn for fn in (gradients, compilation, eager, compilations, fedavg)
+    fn.__name__: fn
+    for fn in (gradients, compilation, eager, compilations, fedavg, convolutions)
 }
 SHARED = ("compilation", "eager")  # Their operators are in drjax since 0.2.
 

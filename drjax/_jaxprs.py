@@ -12,6 +12,7 @@ from jax.core import eval_context, eval_jaxpr
 from jax.extend import linear_util as lu
 from jax.extend.core import Var, get_opaque_trace_state, jaxprs_in_params
 from jax.interpreters import partial_eval as pe
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from drjax import _compat
 from drjax._compat import ClosedJaxpr
@@ -61,11 +62,17 @@ _SIGNATURE = inspect.signature(lambda *args: args)
 
 def struct(aval: Any) -> jax.ShapeDtypeStruct:
     """What JAX's transformations take in place of a value of this type."""
+    sharding = aval.sharding
+    if sharding.mesh.empty:
+        # On an explicit mesh, a scalar without one gets it when it meets others.
+        mesh = jax.sharding.get_abstract_mesh()
+        explicit = AxisType.Explicit in mesh.axis_types
+        sharding = NamedSharding(mesh, PartitionSpec()) if explicit else None
     return jax.ShapeDtypeStruct(
         aval.shape,
         aval.dtype,
         weak_type=aval.weak_type,
-        sharding=None if aval.sharding.mesh.empty else aval.sharding,
+        sharding=sharding,
         manual_axis_type=aval.manual_axis_type,  # What varies within a shard_map.
     )
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, mapped_aval, unmapped_aval
 from jax.interpreters import batching, mlir
 
-from drjax import _compat, _mesh
+from drjax import _compat, _convolutions, _mesh
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import (
     as_fun,
@@ -50,7 +50,7 @@ class Bulk:
 
     Its placed values are `[m, ...]`, of the m elements in one shard (`_mesh.per_shard`;
     all n without a mesh), so that what the shards contribute to a sum is summed at each
-    first, and between them once.
+    first, and between them once. Axis 0 is not sharded in their types.
     """
 
     jaxpr: ClosedJaxpr
@@ -117,7 +117,13 @@ def bind(
 #
 # Value and type.
 #
-def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk):
+def _run(*args, body, in_placed, out_placed, placement, n, mesh, name, bulk, matmuls):
+    if matmuls:  # Only here: what derives from a map has its convolutions.
+        body = _convolutions.of_elements(body)
+        if bulk is not None:
+            m = _mesh.per_shard(placement, n, mesh)
+            of_many = _convolutions.of_many(bulk.jaxpr, m)
+            bulk = dataclasses.replace(bulk, jaxpr=of_many)
     with jax.named_scope(name):
         return evaluate(body, bulk, in_placed, out_placed, n, placement, mesh)(*args)
 
@@ -159,7 +165,7 @@ def evaluate(body, bulk, in_placed, out_placed, n, placement: Any = None, mesh=N
 def _run_bulk(bulk, args, in_placed, out_placed, placement, mesh):
     args = [args[i] for i in bulk.operands]
     shards = _mesh.shards(placement, mesh)
-    if shards == 1:
+    if shards == 1 and not _mesh.is_explicit(mesh):
         return as_fun(bulk.jaxpr)(*args)
     in_placed = [in_placed[i] for i in bulk.operands]
     out_placed = [out_placed[i] for i in bulk.results]

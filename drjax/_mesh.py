@@ -49,6 +49,9 @@ def resolve(
             f"{dict(jax.sharding.get_abstract_mesh().shape)}. JAX runs that under "
             "jax.jit only: use it, or one mesh."
         )
+    installed = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in installed.axis_types and _same_axes(mesh, installed):
+        mesh = installed  # Inside a shard_map, that says which axes are manual.
     if mesh.empty:
         return None
     name = placement.name
@@ -138,6 +141,14 @@ def in_element(fn: Callable[[], _T], placement: str, n: int, mesh: Mesh | None) 
 def shard_placed(x: Any, placement: str, mesh: Mesh | None) -> Any:
     """Shards axis 0 of one array over the placement, and leaves the others alone."""
     return x if mesh is None else _shard_placed(x, placement, mesh)
+
+
+def without_shards(x: Any) -> Any:
+    """Gathers axis 0 of one array if its type says that it is sharded."""
+    spec = getattr(jax.typeof(x).sharding, "spec", ())
+    if not spec or spec[0] is None:
+        return x
+    return jax.sharding.reshard(x, P(None, *spec[1:]))
 
 
 @functools.partial(_compat.inlined_jit, static_argnames=("placement", "mesh"))

@@ -120,7 +120,8 @@ def map_fn(
     References:
       Rush et al., DrJAX, arXiv:2403.07128.
     """
-    site = _resolve("map_fn", placement, mesh)
+    found = _program.resolve("map_fn", placement)
+    site = _site("map_fn", found, mesh)
     if not callable(fn):
         raise TypeError(
             f"drjax.map_fn over {site.placement!r}: its first argument is the "
@@ -160,6 +161,7 @@ def map_fn(
         out_placed=[True] * len(body.out_avals),
         name=_name(fn),
         bulk=None,
+        matmuls=found.convolutions_as_matmuls,
         **site._asdict(),
     )
     return _show_mesh(jax.tree.unflatten(out_trees[-1], outs), site)
@@ -539,7 +541,12 @@ def _shard(placed: Any, site: _Site) -> Any:
 def _resolve(
     operator_name: str, placement: str | None, mesh: _mesh.Mesh | None
 ) -> _Site:
-    found = _program.resolve(operator_name, placement)
+    return _site(operator_name, _program.resolve(operator_name, placement), mesh)
+
+
+def _site(
+    operator_name: str, found: _program.Placement, mesh: _mesh.Mesh | None
+) -> _Site:
     return _Site(found.name, found.size, _mesh.resolve(operator_name, mesh, found))
 
 
@@ -607,6 +614,8 @@ def _placed(
             )
     if _mesh.is_explicit(site.mesh):  # There, the sharding is part of the type.
         return _shard(tree, site)
+    if site.mesh is None and not jax.sharding.get_abstract_mesh().empty:
+        return jax.tree.map(_mesh.without_shards, tree)
     return tree
 
 

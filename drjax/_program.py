@@ -40,6 +40,7 @@ class Placement(NamedTuple):
     name: str
     size: int
     use_abstract_mesh: bool
+    convolutions_as_matmuls: bool
     mesh: jax.sharding.Mesh | None  # That of a `with mesh:` around the program.
     own: bool  # Declared by the innermost program, so it may be left unnamed.
     mapped: bool  # Its `map_fn` body is being traced: it is out of reach there.
@@ -52,6 +53,7 @@ def program(
     *,
     placements: Mapping[str, int] | None = None,
     use_abstract_mesh: bool = True,
+    convolutions_as_matmuls: bool = True,
     **placement_sizes: int,
 ) -> Callable[[_F], _F]:
     """Declares the placements that operators inside a function may use.
@@ -70,6 +72,9 @@ def program(
         use has one.
       use_abstract_mesh: whether operators without `mesh=` use the mesh that
         `jax.set_mesh` installed.
+      convolutions_as_matmuls: whether `map_fn` compiles convolutions for CPU and GPU as
+        matmuls, which are faster there, where input and kernel both differ between
+        elements. The result is the same up to rounding.
       **placement_sizes: the same as `placements`, as keywords.
 
     Returns:
@@ -117,6 +122,7 @@ def program(
             _checked_name(name),
             _checked_size(name, size),
             bool(use_abstract_mesh),
+            bool(convolutions_as_matmuls),
             mesh=None,
             own=True,
             mapped=False,

@@ -503,3 +503,53 @@ def test_a_partly_manual_mesh_is_left_to_shard_map():
         )
         assert_close(jax.jit(total)(x), np.sin(x).sum())
         assert_close(jax.jit(jax.grad(total))(x), np.cos(x))
+
+
+@pytest.mark.parametrize("clients", [1, 2, 4, 8])
+@KINDS
+def test_any_number_of_elements_in_a_shard_gives_the_same_gradient(kind, clients):
+    mesh = make_mesh(kind, clients=clients)
+
+    def body(w, x):
+        return jax.nn.relu(x * w) + jnp.sin(x)
+
+    def repeated(w, x):
+        return jax.lax.fori_loop(0, 2, lambda _, x: body(w, x), x)
+
+    x = np.arange(8.0, dtype="float32") - 3
+    for fn, w in ((body, 0.5), (repeated, put(mesh, jnp.float32(0.5)))):
+
+        @drjax.program(clients=N)
+        def run(w, x, fn=fn):  # The weight is closed over, and sent.
+            sent = drjax.map_fn(fn, (drjax.broadcast(w), x))
+            return drjax.reduce_sum(drjax.map_fn(lambda s, x: s * fn(w, x), (sent, x)))
+
+        plain = jax.vmap(fn, (None, 0))
+        want = jax.grad(lambda w, x, plain=plain: jnp.sum(plain(w, x) ** 2))(0.5, x)
+        with jax.set_mesh(mesh):
+            placed = put(mesh, x, "clients")
+            assert_close(jax.jit(jax.grad(run))(w, placed), want)
+            assert_close(jax.grad(run)(w, placed), want)
+
+
+@pytest.mark.parametrize("axis", ["clients", "model"])
+def test_a_program_without_the_installed_mesh_takes_sharded_arguments(axis):
+    @drjax.program(clients=N, use_abstract_mesh=False)
+    def run(x):
+        return drjax.reduce_sum(drjax.map_fn(jnp.multiply, (x, drjax.broadcast(2.0))))
+
+    mesh = make_mesh(EXPLICIT, **AXES["2d"])
+    with jax.set_mesh(mesh):
+        x = put(mesh, X[:, 0], axis)
+        assert_close(jax.jit(run)(x), 2 * X[:, 0].sum())
+        assert_close(jax.jit(jax.grad(run))(x), np.full(N, 2.0))
+
+
+@KINDS
+def test_in_a_shard_map_over_the_placement_a_given_mesh_says_nothing(kind):
+    mesh = make_mesh(kind, clients=8)
+    run = drjax.program(clients=2)(lambda x: drjax.map_fn(jnp.sin, x, mesh=mesh))
+    x = np.arange(16.0, dtype="float32")
+    with jax.set_mesh(mesh):
+        over_all = jax.shard_map(run, in_specs=P("clients"), out_specs=P("clients"))
+        assert_close(jax.jit(over_all)(put(mesh, x, "clients")), np.sin(x))
