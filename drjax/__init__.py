@@ -5,6 +5,7 @@ A program is an ordinary JAX function written with `broadcast`, `map_fn` and the
 over a mesh, and they stay visible in its jaxpr and in that of every derivative.
 """
 
+from drjax._cut import make_plan
 from drjax._operators import (
     broadcast,
     map_fn,
@@ -16,13 +17,19 @@ from drjax._operators import (
     reduce_sum,
     reduce_weighted_mean,
 )
+from drjax._placed import PlanError
+from drjax._plan import Plan
 from drjax._program import OperatorUndefinedError, program
+from drjax._reference import run_plan
 
 __version__ = "0.3.0.dev0"
 
 __all__ = [
     "OperatorUndefinedError",
+    "Plan",
+    "PlanError",
     "broadcast",
+    "make_plan",
     "map_fn",
     "placement_index",
     "placement_size",
@@ -32,4 +39,5 @@ __all__ = [
     "reduce_min",
     "reduce_sum",
     "reduce_weighted_mean",
+    "run_plan",
 ]

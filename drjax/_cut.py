@@ -25,11 +25,10 @@ from jax.extend.core import Var, mapped_aval
 
 from drjax import _compat, _primitives, _rules
 from drjax._compat import ClosedJaxpr
-from drjax._jaxprs import as_fun, debug_info, is_var, trace
+from drjax._jaxprs import as_fun, dce, is_var, trace
 from drjax._map import map_p
 from drjax._placed import (
     OF_PLACEMENT,
-    PORTS,
     REDUCTIONS,
     Facts,
     communicates,
@@ -41,7 +40,42 @@ from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
 
 
 def make_plan(fn: Callable[..., Any]) -> Callable[..., Plan]:
-    """Makes a function of arguments, or their types, that returns the plan of `fn`."""
+    """Makes a function that returns the plan of `fn`, as `jax.make_jaxpr` its jaxpr.
+
+    A plan says what the server does and what each element does, in as few rounds as the
+    program's data dependencies allow. It is pure data, for engines other than XLA.
+
+    Args:
+      fn: a program, a derivative of one, or any function that calls some.
+
+    Returns:
+      A function of the arguments of `fn`, arrays or `jax.ShapeDtypeStruct`s, that
+      returns a `Plan`. Which of them are placed is found from how they are used.
+
+    Raises:
+      PlanError: if an operation on a placed value mixes its elements, or is not known.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def loss(w, x):
+      ...     return drjax.reduce_mean(drjax.map_fn(lambda x: (x - w) ** 2, x))
+      >>> plan = drjax.make_plan(jax.grad(loss))(2.0, jnp.arange(3.0))
+      >>> print(plan)
+      server: 3 operations
+        gives: float32[]
+      round over 'clients', 3 elements: 6 operations
+        down: float32[], float32[] (8 B)
+        own: float32[] (4 B)
+        up, sum: float32[] (4 B)
+      >>> print(drjax.run_plan(plan, 2.0, jnp.arange(3.0)))
+      2.0
+
+    References:
+      Rush et al., DrJAX, arXiv:2403.07128, section on interpreting to MapReduce.
+    """
 
     def planned(*args: Any) -> Plan:
         leaves, in_tree = jax.tree.flatten(args)
@@ -68,7 +102,7 @@ class _Cutter:
         self.at, self.scattered = facts.at, facts.scattered
         self.producer = {v: i for i, e in enumerate(self.eqns) for v in e.outvars}
         # Of each equation the round, and what it is part of there: the work over a
-        # placement (a name), a loop or branch by itself (its position), or the server's.
+        # placement (its name), a loop or branch (its position), or the server's (None).
         self.stages: list[tuple[int, Any]] = []
         for i, eqn in enumerate(self.eqns):
             ready = map(self._ready, filter(is_var, eqn.invars))
@@ -138,6 +172,7 @@ class _Cutter:
             stages=tuple(reversed(stages)),
             avals=tuple(self.avals),
             at={self.numbers[v]: where for v, where in self.at.items()},
+            scattered=frozenset(self._ids(self.scattered)),
             inputs=self._ids(self.invars),
             constants=self.values,
             outputs=outputs,
@@ -195,8 +230,9 @@ class _Cutter:
         while todo:
             v = todo.pop()
             i = self.producer.get(v)
-            made = i is not None and v not in self.scattered and self.stages[i][1]
-            if made and (self.stages[i] == (r, placement) or self._is_repeated(i)):
+            if i is not None and (
+                self.stages[i] == (r, placement) or self._is_repeated(i)
+            ):
                 if i not in needed:
                     needed.add(i)
                     todo += filter(is_var, self.eqns[i].invars)
@@ -206,21 +242,16 @@ class _Cutter:
                 server[v] = None
         outs = [v for v in wanted if v in self.at]
         sums = [v for v in wanted if v not in self.at]
-        operation: dict[Var, str] = {}
+        operation: dict[Any, Any] = {}
 
         def body(index, *args):
-            """What one element does; it has size 1 on the placement's axis."""
-            env = dict(zip(server, args, strict=False))
-            for v, x in zip(placed, args[len(server) :], strict=True):
-                env[v] = jnp.expand_dims(x, self.at[v].axis)
+            env = _Element(self.facts, index)
+            for v, x in zip([*server, *placed], args, strict=True):
+                env.write_own(v, x) if v in self.at else env.write(v, x)
             for i in sorted(needed):
-                eqn = self.eqns[i]
-                xs = [env[v] if is_var(v) else v.val for v in eqn.invars]
-                results, operations = _of_one(self.facts, i, index, xs)
-                env.update(zip(eqn.outvars, results, strict=True))
-                operation.update(zip(eqn.outvars, operations, strict=True))
-            parts = [env[v] for v in sums]
-            return parts + [jnp.squeeze(env[v], self.at[v].axis) for v in outs]
+                operations = env.run(i)
+                operation.update(zip(self.eqns[i].outvars, operations, strict=True))
+            return [*map(env.read, sums), *map(env.read_own, outs)]
 
         info = self.facts.straight.template.debug_info.with_unknown_names()
         n = next(w.n for w in self.at.values() if w.placement == placement)
@@ -229,8 +260,9 @@ class _Cutter:
             *(v.aval for v in server),
             *(mapped_aval(n, self.at[v].axis, v.aval) for v in placed),
         ]
-        jaxpr, consts = trace(body, avals, info)
+        traced, consts = trace(body, avals, info)
         assert not consts, consts
+        jaxpr, _ = dce(traced, [True] * len(wanted), keep_inputs=True)
         stage = MapReduce(
             placement=placement,
             n=n,
@@ -250,81 +282,138 @@ class _Cutter:
         params = eqn.params
         if eqn.primitive.name == "scan":
             a, b = itertools.accumulate(_compat.scan_counts(eqn))
-            stage = Scan(
-                *(plans[0], params["length"], params["reverse"]),
-                *(ids[:a], ids[a:b], ids[b:]),
-                *(results[: b - a], results[b - a :]),
+            stage: Any = Scan(
+                body=plans[0],
+                length=params["length"],
+                reverse=params["reverse"],
+                constants=ids[:a],
+                init=ids[a:b],
+                xs=ids[b:],
+                carry=results[: b - a],
+                ys=results[b - a :],
             )
         elif eqn.primitive.name == "while":
             a = params["cond_nconsts"]
             b = a + params["body_nconsts"]
-            stage = While(*plans, ids[:a], ids[a:b], ids[b:], results)
+            stage = While(
+                predicate=plans[0],
+                body=plans[1],
+                predicate_constants=ids[:a],
+                body_constants=ids[a:b],
+                init=ids[b:],
+                carry=results,
+            )
         else:
             stage = Branch(tuple(plans), ids[0], ids[1:], results)
         return stage, list(filter(is_var, eqn.invars))
 
 
-#
-# What one element does. Its values have size 1 on the placement's axis.
-#
+class _Element:
+    """The values of one element, and the equations run on them.
+
+    Arithmetic is run on placed values that keep the placement's axis, of size 1;
+    operators on an element's own part, without it.
+    """
+
+    def __init__(self, facts: Facts, index: Any):
+        self.facts, self.index = facts, index
+        self.kept: dict[Any, Any] = {}
+        self.own: dict[Any, Any] = {}
+        self.whole: dict[Any, Any] = {}  # Scattered values, of all elements.
+        for v, x in facts.straight.constants.items():
+            self.write(v, x)
+
+    def write(self, v: Any, x: Any) -> None:
+        (self.whole if v in self.facts.scattered else self.kept)[v] = x
+
+    def write_own(self, v: Any, x: Any) -> None:
+        self.own[v] = x
+
+    def read(self, v: Any) -> Any:
+        if not is_var(v):
+            return v.val
+        if v not in self.kept:
+            self.kept[v] = jnp.expand_dims(self.read_own(v), self.facts.at[v].axis)
+        return self.kept[v]
+
+    def read_own(self, v: Any) -> Any:
+        if v not in self.own:
+            axis = self.facts.at[v].axis
+            self.own[v] = (
+                lax.dynamic_index_in_dim(self.whole[v], self.index, axis, False)
+                if v in self.whole
+                else jnp.squeeze(self.kept[v], axis)
+            )
+        return self.own[v]
+
+    def run(self, i: int) -> list[str | None]:
+        """Runs an equation; returns how to reduce each result, if at all."""
+        eqn = self.facts.straight.eqns[i]
+        params, outvars = eqn.params, eqn.outvars
+        if eqn.primitive is map_p:
+            placed = zip(eqn.invars, params["in_placed"], strict=True)
+            xs = [self.read_own(v) if p else self.read(v) for v, p in placed]
+            outs = as_fun(params["body"])(*xs)
+            for v, x, p in zip(outvars, outs, params["out_placed"], strict=True):
+                self.write_own(v, x) if p else self.write(v, x)
+            return [None if p else "sum" for p in params["out_placed"]]
+        if eqn.primitive in REDUCTIONS:
+            self.write(outvars[0], self.read_own(eqn.invars[0]))
+            return [REDUCTIONS[eqn.primitive]]
+        if eqn.primitive is _primitives.broadcast_p:
+            self.write_own(outvars[0], self.read(eqn.invars[0]))
+            return [None]
+        if eqn.primitive is _primitives.placement_index_p:
+            self.write_own(outvars[0], self.index)
+            return [None]
+        operation = None
+        if i in self.facts.flows:
+            xs = [self.read(v) for v in eqn.invars]
+            outs = _flow_of_one(self.facts, i, self.index, xs)
+        else:
+            outs, operation = self._arithmetic(i, eqn)
+        for v, x in zip(outvars, outs, strict=True):
+            self.write(v, x)
+        return [operation] * len(outvars)
+
+    def _arithmetic(self, i: int, eqn: Any) -> tuple[Any, str | None]:
+        params, rule = eqn.params, self.facts.rules.get(i)
+        where = self.facts.at.get(eqn.outvars[0])
+        operation, read = None, self.read
+        if isinstance(rule, _rules.Placed):
+            params = rule.params(1)
+        elif rule is not None:
+            operation = rule.operation
+        elif where is not None and is_repeated(eqn, where):
+            shape = list(eqn.outvars[0].aval.shape)
+            shape[where.axis] = 1
+            if eqn.primitive.name == "iota":
+                return [jnp.full(shape, self.index, params["dtype"])], None
+            params = dict(params, shape=tuple(shape))
+        else:  # Of the server, for which a scattered value is a whole.
+
+            def read(v):
+                return self.whole[v] if is_var(v) and v in self.whole else self.read(v)
+
+        outs = eqn.primitive.bind(*map(read, eqn.invars), **params)
+        return (outs if eqn.primitive.multiple_results else [outs]), operation
+
+
 def _of_element(facts: Facts, index: Any, args: Any) -> list[Any]:
-    env: dict[Any, Any] = dict(facts.straight.constants)
-    env.update(zip(facts.straight.invars, args, strict=True))
-    for i, eqn in enumerate(facts.straight.eqns):
-        xs = [env[v] if is_var(v) else v.val for v in eqn.invars]
-        results, _ = _of_one(facts, i, index, xs)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [env[v] if is_var(v) else v.val for v in facts.straight.outvars]
-
-
-def _of_one(facts: Facts, i: int, index: Any, xs: list[Any]) -> Any:
-    """Results of an equation for one element, and how to reduce them, if at all."""
-    eqn = facts.straight.eqns[i]
-    params = eqn.params
-    if eqn.primitive is map_p:
-        return _map_of_one(eqn, xs)
-    if eqn.primitive is _primitives.broadcast_p:
-        return [jnp.expand_dims(xs[0], 0)], [None]
-    if eqn.primitive is _primitives.placement_index_p:
-        return [jnp.expand_dims(index, 0)], [None]
-    if eqn.primitive in REDUCTIONS:
-        return [jnp.squeeze(xs[0], 0)], [REDUCTIONS[eqn.primitive]]
-    if i in facts.flows:
-        outs = _flow_of_one(facts, i, index, xs)
-        return outs, [None] * len(outs)
-    operation, rule, where = None, facts.rules.get(i), facts.at.get(eqn.outvars[0])
-    if isinstance(rule, _rules.Placed):
-        params = rule.params(1)
-    elif rule is not None:
-        operation = rule.operation
-    elif where is not None and is_repeated(eqn, where):
-        shape = list(eqn.outvars[0].aval.shape)
-        shape[where.axis] = 1
-        if eqn.primitive.name == "iota":
-            return [jnp.full(shape, index, params["dtype"])], [None]
-        params = dict(params, shape=tuple(shape))
-    outs = eqn.primitive.bind(*xs, **params)
-    outs = outs if eqn.primitive.multiple_results else [outs]
-    return outs, [operation] * len(outs)
-
-
-def _map_of_one(eqn, xs):
-    placed, out_placed = eqn.params["in_placed"], eqn.params["out_placed"]
-    xs = [jnp.squeeze(x, 0) if p else x for x, p in zip(xs, placed, strict=True)]
-    outs = as_fun(eqn.params["body"])(*xs)
-    outs = [
-        jnp.expand_dims(x, 0) if p else x for x, p in zip(outs, out_placed, strict=True)
-    ]
-    return outs, [None if p else "sum" for p in out_placed]
+    """All of a jaxpr, for one element; placed values keep the placement's axis."""
+    env = _Element(facts, index)
+    for v, x in zip(facts.straight.invars, args, strict=True):
+        env.write(v, x)
+    for i in range(len(facts.straight.eqns)):
+        env.run(i)
+    return [env.read(v) for v in facts.straight.outvars]
 
 
 def _flow_of_one(facts, i, index, xs):
     eqn, inner = facts.straight.eqns[i], facts.flows[i]
     params = eqn.params
     if eqn.primitive.name == "cond":
-        branches = [
-            lambda *ops, f=f: _of_element(f, index, ops) for f in inner
-        ]
+        branches = [lambda *ops, f=f: _of_element(f, index, ops) for f in inner]
         return lax.switch(jnp.int32(xs[0]), branches, *xs[1:])
     if eqn.primitive.name == "while":
         a = params["cond_nconsts"]

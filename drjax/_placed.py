@@ -57,7 +57,7 @@ def straighten(jaxpr: Any) -> Straight:
     eqns: list[Any] = []
     constants: dict[Var, Any] = {}
 
-    def inline(closed, args):
+    def inline(closed, args, source):
         env: dict[Var, Any] = {}
 
         def read(atom):
@@ -71,18 +71,23 @@ def straighten(jaxpr: Any) -> Straight:
         env.update(zip(inner.invars, args, strict=True))
         for eqn in inner.eqns:
             operands = [read(v) for v in eqn.invars]
+            # What JAX's functions do inside is told by the line that calls them.
+            known = source is None or source_info_util.summarize(eqn.source_info)
+            own_source = eqn.source_info if known else source
             called = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
             if eqn.primitive.name in _CALLS and called is not None:
-                outs = inline(called, operands)
+                outs = inline(called, operands, own_source)
             else:
                 outs = [newvar(v.aval) for v in eqn.outvars]
-                eqns.append(eqn.replace(invars=operands, outvars=outs))
+                eqns.append(
+                    eqn.replace(invars=operands, outvars=outs, source_info=own_source)
+                )
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in inner.outvars]
 
     template = getattr(jaxpr, "jaxpr", jaxpr)
     invars = [newvar(v.aval) for v in template.invars]
-    outvars = inline(jaxpr, invars)
+    outvars = inline(jaxpr, invars, None)
     return Straight(invars, outvars, _live(eqns, outvars), constants, template)
 
 
@@ -182,7 +187,7 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
                 at[v] = where._replace(axis=axis)
 
     def flow(i, eqn):
-        """Looks at the jaxprs in a loop or branch, and tells both sides of each port."""
+        """Looks into a loop or branch, and tells both sides of each port."""
         ports = PORTS[eqn.primitive.name](eqn)
         if i not in inner:
             inner[i] = [straighten(port.jaxpr) for port in ports]
@@ -223,8 +228,9 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
             elif any(map(placed, eqn.invars)):
                 arithmetic(i, eqn)
 
-    before = None
-    while before != (before := len(at)):
+    before = -1
+    while before < len(at):  # Until nothing more is found.
+        before = len(at)
         forward()
         for k, where in ends.items():
             demand(straight.outvars[k], where, "a later operation")
@@ -304,8 +310,8 @@ def _shifted(where, by, eqn):
     if where.axis + by < 0:
         raise PlanError(
             f"drjax.make_plan: {name(eqn)} goes through the elements of "
-            f"{where.placement!r} one after the other. Use drjax.map_fn for what is done "
-            "to each, and drjax.reduce_* for what is combined."
+            f"{where.placement!r} one after the other. Use drjax.map_fn for what is "
+            "done to each, and drjax.reduce_* for what is combined."
         )
     return where._replace(axis=where.axis + by)
 
@@ -356,7 +362,7 @@ def rule_of(eqn: Any, wheres: Sequence[At | None], where: At) -> Any:
     if any(w is not None and w[:2] != where[:2] for w in wheres):
         raise PlanError(
             f"drjax.make_plan: {op} combines values of different placements. Reduce "
-            "over one of them first, or nest the placements: do it in a mapped function."
+            "over one of them first, or do it in a function mapped over the other."
         )
     if not _rules.is_known(eqn.primitive):
         raise PlanError(

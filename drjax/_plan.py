@@ -5,7 +5,10 @@ values and write others, in order; an engine runs them without knowing how JAX t
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from jax.extend.core import mapped_aval
 
 from drjax._compat import ClosedJaxpr
 
@@ -92,6 +95,7 @@ class Plan:
       stages: in order.
       avals: the types of all values, by number.
       at: where placed values have their elements, by number.
+      scattered: which of them the server has, and hands out.
       inputs: the arguments' numbers, leaf by leaf.
       constants: values known from the start.
       outputs: the results' numbers, leaf by leaf.
@@ -100,6 +104,7 @@ class Plan:
     stages: tuple[Stage, ...]
     avals: tuple[Any, ...]
     at: dict[int, At]
+    scattered: frozenset[int]
     inputs: tuple[int, ...]
     constants: dict[int, Any]
     outputs: tuple[int, ...]
@@ -108,5 +113,80 @@ class Plan:
 
     @property
     def rounds(self) -> int:
-        """How often values go to the elements and back."""
+        """How many rounds there are, those in loops and branches left out."""
         return sum(isinstance(stage, MapReduce) for stage in self.stages)
+
+    def element(self, number: int) -> Any:
+        """The type of a value; of a placed one, that of one element's part."""
+        aval = self.avals[number]
+        return (
+            aval if number not in self.at else mapped_aval(*self.at[number][1:], aval)
+        )
+
+    def __str__(self) -> str:
+        """The stages for a reader, with the bytes that go to an element and back."""
+        return "\n".join(_describe(self))
+
+
+Plan.__module__ = "drjax"
+
+
+def _describe(plan: Plan) -> list[str]:
+    lines = []
+    for stage in plan.stages:
+        match stage:
+            case Server():
+                lines += [
+                    f"server: {_count(stage.jaxpr)}",
+                    *_row(plan, "gives", stage.outputs),
+                ]
+            case MapReduce():
+                lines += _describe_round(plan, stage)
+            case Scan():
+                lines += [f"scan, {stage.length} times", *_indented(stage.body)]
+            case While():
+                lines += ["while", *_indented(stage.predicate)]
+                lines += ["do", *_indented(stage.body)]
+            case Branch():
+                for i, branch in enumerate(stage.branches):
+                    lines += [f"branch {i}", *_indented(branch)]
+    return lines or ["nothing to do"]
+
+
+def _describe_round(plan: Plan, stage: MapReduce) -> list[str]:
+    handed_out = [i for i in stage.placed_inputs if i in plan.scattered]
+    own = [i for i in stage.placed_inputs if i not in plan.scattered]
+    operations = sorted({operation for operation, _ in stage.reductions})
+    return [
+        f"round over {stage.placement!r}, {stage.n} elements: {_count(stage.body)}",
+        *_row(plan, "down", [*stage.server_inputs, *handed_out], sized=True),
+        *_row(plan, "own", own, sized=True),
+        *_row(
+            plan,
+            f"up, {' '.join(operations)}",
+            [i for _, i in stage.reductions],
+            sized=True,
+        ),
+        *_row(plan, "kept", stage.placed_outputs, sized=True),
+    ]
+
+
+def _row(plan: Plan, title: str, ids: Sequence[int], sized: bool = False) -> list[str]:
+    """A line on values, as each element has them."""
+    if not ids:
+        return []
+    avals = [plan.element(i) for i in ids]
+    types = [f"{aval.dtype}{list(aval.shape)}" for aval in avals]
+    if len(types) > 8:
+        types = [f"{len(types)} values"]
+    size = sum(aval.size * aval.dtype.itemsize for aval in avals)
+    return [f"  {title}: {', '.join(types)}" + f" ({size:,} B)" * sized]
+
+
+def _count(jaxpr: ClosedJaxpr) -> str:
+    n = len(jaxpr.jaxpr.eqns)
+    return f"{n} operation{'s' * (n != 1)}"
+
+
+def _indented(plan: Plan) -> list[str]:
+    return ["  " + line for line in _describe(plan)]

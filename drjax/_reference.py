@@ -22,13 +22,38 @@ _OPERATIONS = {
 
 
 def run_plan(plan: Plan, *args: Any) -> Any:
-    """Runs a plan on arguments like those it was made for."""
+    """Runs a plan one element at a time: slow, and what engines are tested against.
+
+    Args:
+      plan: what `make_plan` returned.
+      *args: arguments of the types it was made for.
+
+    Returns:
+      What the planned function returns.
+
+    Raises:
+      TypeError: if the arguments have another structure, shape or dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> total = drjax.program(clients=3)(drjax.reduce_sum)
+      >>> print(drjax.run_plan(drjax.make_plan(total)(jnp.ones(3)), jnp.arange(3.0)))
+      3.0
+    """
     leaves, tree = jax.tree.flatten(args)
     if tree != plan.in_tree:
         raise TypeError(
             f"drjax.run_plan: the plan is for arguments of structure {plan.in_tree}, "
             f"but got {tree}."
         )
+    for leaf, i in zip(leaves, plan.inputs, strict=True):
+        got, want = jax.typeof(leaf), plan.avals[i]
+        if (got.shape, got.dtype) != (want.shape, want.dtype):
+            raise TypeError(
+                f"drjax.run_plan: the plan is for an argument of type {want}, but got "
+                f"{got}. Make a plan for these arguments."
+            )
     return jax.tree.unflatten(plan.out_tree, _run(plan, leaves))
 
 
@@ -50,7 +75,7 @@ def _run(plan: Plan, inputs: Sequence[Any]) -> list[Any]:
                 _run_round(plan, stage, env)
             case Scan():
                 constants, carry = read(stage.constants), read(stage.init)
-                ys = [None] * stage.length
+                ys: list[Any] = [None] * stage.length
                 steps = range(stage.length)
                 for t in reversed(steps) if stage.reverse else steps:
                     xs = [x[t] for x in read(stage.xs)]

@@ -83,7 +83,7 @@ def _with_size(eqn: Any, name: str, axis: int) -> Callable[[int], dict[str, Any]
 
 
 #
-# Operations on corresponding entries; scalars go with any.
+# Operations on corresponding entries; scalars, and axes of size 1, go with any.
 #
 @_rule(
     *("abs", "acos", "acosh", "add", "add_jaxvals", "and", "asin", "asinh", "atan"),
@@ -102,7 +102,10 @@ def _elementwise(eqn, axes, n):
     axis = _only(axes)
     if any(a not in (None, axis) for a in axes):
         return None
-    operands = tuple(axis if _shape(v) else None for v in eqn.invars)
+    operands = tuple(
+        a if a is not None or n == 1 or _shape(v)[axis : axis + 1] != (n,) else axis
+        for v, a in zip(eqn.invars, axes, strict=True)
+    )
     return Placed(operands, (axis,) * len(eqn.outvars), _same_params(eqn))
 
 

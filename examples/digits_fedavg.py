@@ -259,6 +259,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{title}, as JAX sees it:")
         show(jaxpr)
 
+    for title, fn in (
+        ("A round", federated_round),
+        ("The gradient of the loss after it", jax.grad(loss_after_round)),
+    ):
+        print(f"\n{title}, as a plan, with the bytes for each client:")
+        print(drjax.make_plan(fn)(RATES, state, clients))
+
     if jax.device_count() >= 8:
         print("\nA round on 8 devices, 2 x 4 of clients x model:")
         on_mesh(state, clients)

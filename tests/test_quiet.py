@@ -50,12 +50,14 @@ POSITIONAL = {name: ["x"] for name in CALLS} | {  # As in drjax 0.2.
     "placement_size": [],
     "placement_index": [],
     "program": [],
+    "make_plan": ["fn"],
+    "run_plan": ["plan"],
 }
 
 
 def test_all_names_what_exists_and_is_documented():
     assert len({*drjax.__all__}) == len(drjax.__all__)
-    assert {*PUBLIC_FUNCTIONS} == {*CALLS, "program"}
+    assert {*PUBLIC_FUNCTIONS} == {*CALLS, "program", "make_plan", "run_plan"}
     for name in drjax.__all__:
         assert inspect.getdoc(getattr(drjax, name)), name
 

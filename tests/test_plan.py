@@ -1,0 +1,356 @@
+"""A plan computes what the program does, in few rounds, on every engine."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, every, gradient, of_floats
+from jax import lax
+from programs import PROGRAMS, XS, M, N, Program, W, program
+
+import drjax
+from drjax._plan import Branch, MapReduce, Scan, Server, While
+
+# An engine runs a plan on arguments. A new one is a line here.
+ENGINES = {"reference": drjax.run_plan}
+ENGINE = pytest.mark.parametrize("run", ENGINES.values(), ids=ENGINES)
+
+
+def in_a_scan(fn, xs):
+    """Three rounds of a function, whose results go into the next one's arguments."""
+
+    def step(carry, _):
+        outs = fn(*(x * carry.astype(jnp.result_type(x)) for x in xs))
+        total = sum(jnp.sum(out).real for out in outs)
+        return carry + 1e-3 * total, outs
+
+    return lambda *_: lax.scan(step, jnp.float32(1), None, length=3)
+
+
+TRANSFORMATIONS = {
+    "itself": lambda fn, xs: fn,
+    "jvp": lambda fn, xs: lambda *xs: jax.jvp(fn, xs, xs),
+    "gradient": lambda fn, xs: gradient(fn, every(xs)),
+    "gradient of gradient": lambda fn, xs: gradient(gradient(fn, every(xs)), every(xs)),
+    "vmap": lambda fn, xs: lambda *xs: jax.vmap(fn)(*(jnp.stack([x, -x]) for x in xs)),
+    "scan": in_a_scan,
+}
+
+
+def cases():
+    for case in PROGRAMS:
+        for name in TRANSFORMATIONS:
+            possible = {
+                "jvp": case.forward,
+                "gradient": case.reverse,
+                "gradient of gradient": case.second,
+            }
+            if possible.get(name, True):
+                slow = name in ("gradient of gradient", "vmap")
+                marks = [pytest.mark.slow] if slow else []
+                yield pytest.param(name, case, marks=marks, id=f"{name}-{case}")
+
+
+@pytest.mark.parametrize("name, case", [*cases()])
+@ENGINE
+def test_a_plan_computes_what_the_program_does(run, name, case: Program):
+    fn, xs = of_floats(case.run, case.args)
+    fn = TRANSFORMATIONS[name](fn, xs)
+    plan = drjax.make_plan(fn)(*xs)
+    check_stages(plan)
+    assert_close(run(plan, *xs), jax.jit(fn)(*xs))
+
+
+def check_stages(plan):
+    """Every value is made before it is read, and once; operators are in the rounds."""
+    known = {*plan.inputs, *plan.constants}
+    for stage in plan.stages:
+        reads, writes = [], []
+        match stage:
+            case Server():
+                reads, writes = stage.inputs, stage.outputs
+                names = {eqn.primitive.name for eqn in stage.jaxpr.jaxpr.eqns}
+                assert not any(n.startswith("drjax_") for n in names - {SIZE})
+            case MapReduce():
+                reads = stage.server_inputs + stage.placed_inputs
+                writes = tuple(i for _, i in stage.reductions) + stage.placed_outputs
+                assert len(stage.body.in_avals) == 1 + len(reads)
+                for i, aval in zip(writes, stage.body.out_avals, strict=True):
+                    assert plan.element(i).shape == aval.shape
+                    assert plan.element(i).dtype == aval.dtype
+            case Scan():
+                reads, writes = stage.constants + stage.init + stage.xs, stage.carry
+                writes += stage.ys
+                check_stages(stage.body)
+            case While():
+                reads = stage.predicate_constants + stage.body_constants + stage.init
+                writes = stage.carry
+                check_stages(stage.predicate)
+                check_stages(stage.body)
+            case Branch():
+                reads, writes = (stage.index, *stage.operands), stage.results
+                for branch in stage.branches:
+                    check_stages(branch)
+            case _:
+                raise AssertionError(stage)
+        assert known >= {*reads}
+        assert not known & {*writes}
+        known |= {*writes}
+    assert known >= {*plan.outputs}
+
+
+SIZE = "drjax_placement_size"
+
+
+#
+# Algorithms, and the communication that each needs.
+#
+def loss(w, x):
+    return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+
+@program
+def fedavg(w, xs):
+    def train(w, x):
+        return lax.fori_loop(0, 3, lambda _, w: w - 0.1 * jax.grad(loss)(w, x), w)
+
+    deltas = drjax.map_fn(train, (drjax.broadcast(w), xs))
+    return drjax.reduce_mean(deltas)
+
+
+@program
+def loss_after_fedavg(w, xs):
+    new = fedavg(w, xs)
+    return drjax.reduce_mean(drjax.map_fn(lambda x: loss(new, x), xs))
+
+
+@program
+def scaffold(w, xs):
+    """Placed state, the clients' corrections, is kept from round to round."""
+
+    def step(carry, _):
+        w, corrections = carry
+        mean = drjax.reduce_mean(corrections)
+        grads = drjax.map_fn(jax.grad(loss), (drjax.broadcast(w), xs))
+        update = grads - corrections + drjax.broadcast(mean)
+        return (w - 0.1 * drjax.reduce_mean(update), grads), jnp.sum(w)
+
+    zeros = drjax.broadcast(jnp.zeros_like(w))
+    return lax.scan(step, (w, zeros), None, length=3)
+
+
+@program
+def power_iteration(w, xs):
+    def body(carry):
+        v, _, i = carry
+        new = drjax.reduce_sum(drjax.map_fn(lambda x: x.T @ (x @ v), xs))
+        new /= jnp.linalg.norm(new)
+        return new, jnp.linalg.norm(new - v), i + 1
+
+    start = jnp.ones(3) / 3**0.5, jnp.float32(1), 0
+    return lax.while_loop(lambda c: (c[1] > 1e-4) & (c[2] < 50), body, start)
+
+
+@program
+def early_stopping(w, xs):
+    def step(w, _):
+        total = drjax.reduce_mean(drjax.map_fn(lambda x: loss(w, x), xs))
+        return lax.cond(total > 0.2, lambda: fedavg(w, xs), lambda: w), total
+
+    return lax.scan(step, w, None, length=4)
+
+
+@program
+def softmax_over_the_clients(w, xs):
+    logits = drjax.map_fn(jnp.sum, xs)
+    shifted = logits - drjax.broadcast(drjax.reduce_max(logits))
+    weights = jnp.exp(shifted) / drjax.broadcast(drjax.reduce_sum(jnp.exp(shifted)))
+    return drjax.reduce_sum(weights[:, None, None] * xs)
+
+
+@program
+def k_means(w, xs):
+    def assign(x):
+        nearest = jnp.argmin(jnp.sum((x[:, None] - centers) ** 2, -1), -1)
+        one_hot = jax.nn.one_hot(nearest, len(centers))
+        return one_hot.T @ x, jnp.sum(one_hot, 0)
+
+    centers = jnp.stack([w[:, 0], w[:, 1], w[:, 0] + 1e3])  # The last one gets none.
+    totals, counts = drjax.reduce_sum(drjax.map_fn(assign, xs))
+    return jnp.where(counts[:, None] > 0, totals / counts[:, None], centers)
+
+
+@program
+def keys_of_the_server(w, xs):
+    keys = jax.random.split(jax.random.key(0), N)
+    noise = drjax.map_fn(lambda key: jax.random.normal(key, (4, 3)), keys)
+    chosen = jnp.arange(N) % 2 == 0
+    return drjax.reduce_sum(jnp.where(chosen[:, None, None], xs + noise, 0))
+
+
+@program
+def arithmetic_on_placed_values(w, xs):
+    """Contractions and sums that go over the elements, too, and none that do not."""
+    y = jnp.concatenate([xs, xs[:, ::-1] ** 2], axis=1).transpose(2, 0, 1)
+    z = jnp.einsum("cna,cnb->ab", y, y), jnp.einsum("cna,cb->ab", y, w)
+    centred = xs - xs.mean(axis=1, keepdims=True)
+    return z, jnp.sum(centred.reshape(N, -1) ** 2), jnp.cumsum(xs, axis=1).max(axis=0)
+
+
+ALGORITHMS = {  # And how many rounds each is, those in loops left out.
+    fedavg: 1,
+    loss_after_fedavg: 2,
+    scaffold: 1,  # To begin with, the clients are sent zeros.
+    power_iteration: 0,
+    early_stopping: 0,
+    softmax_over_the_clients: 3,
+    k_means: 1,
+    keys_of_the_server: 1,
+}
+
+
+@pytest.mark.parametrize("fn", ALGORITHMS, ids=lambda fn: fn.__name__)
+@ENGINE
+def test_an_algorithm_is_as_many_rounds_as_it_needs(run, fn):
+    plan = drjax.make_plan(fn)(W, XS)
+    check_stages(plan)
+    assert plan.rounds == ALGORITHMS[fn]
+    assert_close(run(plan, W, XS), jax.jit(fn)(W, XS))
+
+
+@ENGINE
+def test_the_gradient_of_a_round_is_a_round_more(run):
+    def objective(w, xs):
+        return jnp.sum(fedavg(w, xs) ** 2)
+
+    assert drjax.make_plan(objective)(W, XS).rounds == 1
+    plan = drjax.make_plan(jax.grad(objective))(W, XS)
+    assert plan.rounds == 2
+    assert_close(run(plan, W, XS), jax.grad(objective)(W, XS))
+
+
+@ENGINE
+def test_placed_arithmetic_is_cut(run):
+    def fn(w, xs):  # An operator says which argument is placed.
+        return arithmetic_on_placed_values(w, xs), drjax.reduce_sum(xs)
+
+    fn = program(fn)
+    plan = drjax.make_plan(fn)(W, XS)
+    assert plan.rounds == 1
+    assert plan.at.keys() >= {plan.inputs[1]}
+    assert plan.inputs[0] not in plan.at
+    assert_close(run(plan, W, XS), jax.jit(fn)(W, XS))
+
+
+@ENGINE
+def test_another_axis_of_the_same_size_is_not_the_placement(run):
+    x = np.random.default_rng(0).normal(size=(N, N, N)).astype("float32")
+    fn = program(lambda x: drjax.reduce_sum(drjax.map_fn(jnp.cumsum, x.sum(axis=2))))
+    plan = drjax.make_plan(fn)(x)
+    assert plan.at[plan.inputs[0]].axis == 0
+    assert_close(run(plan, x), jax.jit(fn)(x))
+
+
+#
+# What cannot be cut, and what is said about it.
+#
+MIXING = {
+    "rev": lambda x: x[::-1],
+    "slice": lambda x: x[0],
+    "cumsum": lambda x: jnp.cumsum(x, axis=0),
+    "reshape": lambda x: x.reshape(-1),
+    "dot_general": lambda x: x[:, 0] @ x[:, 0].T,
+    "sort": lambda x: jnp.sort(x, axis=0),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_mixing_elements_is_an_error_that_names_operation_and_line(name):
+    @program
+    def run(x):
+        placed = drjax.map_fn(jnp.sin, x)
+        return MIXING[name](placed)
+
+    says = (
+        rf"{name}.*test_plan\.py:\d+.* mixes the elements of 'clients'.*drjax\.map_fn"
+    )
+    with pytest.raises(drjax.PlanError, match=says):
+        drjax.make_plan(run)(XS)
+
+
+def test_an_unknown_operation_is_an_error_and_no_guess():
+    @program
+    def run(x):
+        return jnp.fft.fft(drjax.map_fn(jnp.sin, x))
+
+    with pytest.raises(drjax.PlanError, match=r"fft .* is not known.*drjax\.map_fn"):
+        drjax.make_plan(run)(XS)
+
+
+def test_a_scan_over_the_elements_is_an_error():
+    @program
+    def run(x):
+        return lax.scan(lambda c, v: (c + v, None), 0.0, drjax.map_fn(jnp.sum, x))
+
+    with pytest.raises(drjax.PlanError, match="one after the other"):
+        drjax.make_plan(run)(XS)
+
+
+def test_arguments_that_do_not_fit_are_errors():
+    plan = drjax.make_plan(fedavg)(W, XS)
+    with pytest.raises(TypeError, match="structure"):
+        drjax.run_plan(plan, W)
+    with pytest.raises(TypeError, match=r"float32\[3,2\], but got .*\[2,3\]"):
+        drjax.run_plan(plan, W.T, XS)
+
+
+#
+# Each rule against vmap of the function of one element.
+#
+ONE = {
+    "add": lambda x, y: x + y,
+    "select": lambda x, y: jnp.where(x > 0, x, y),
+    "clamp": lambda x, y: jnp.clip(x, -0.5, 0.5) * y,
+    "reshape": lambda x, y: x.reshape(6, 2),
+    "squeeze": lambda x, y: x[None, :, None].squeeze((0, 2)),
+    "transpose": lambda x, y: jnp.einsum("ab->ba", x),
+    "slice": lambda x, y: x[1:3, ::2],
+    "pad": lambda x, y: jnp.pad(x, ((1, 2), (0, 1))),
+    "concatenate": lambda x, y: jnp.concatenate([x, y], axis=1),
+    "sort": lambda x, y: jnp.sort(x, axis=0),
+    "argmax": lambda x, y: jnp.argmax(x, axis=1),
+    "reduce": lambda x, y: (x.sum(0), x.max(1), x.prod(0), jnp.all(x > 0, 1)),
+    "cumsum": lambda x, y: jnp.cumsum(x, axis=0),
+    "dot": lambda x, y: (x @ y.T, jnp.einsum("ab,ab->b", x, y)),
+    "constant": lambda x, y: jnp.tensordot(x, np.arange(6.0).reshape(3, 2), 1),
+    "random": lambda x, y: (
+        x + jax.random.normal(jax.random.fold_in(jax.random.key(0), 1), x.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("name", ONE)
+@ENGINE
+def test_a_rule_is_the_vmap_of_the_function_of_one_element(run, name, axis):
+    def fn(x, y):
+        # Only the sum tells that the arguments are placed, and on which axis.
+        outs = jax.vmap(ONE[name], axis, axis)(x, y)
+        return [
+            drjax.reduce_sum(jnp.moveaxis(out, axis, 0)) if out.ndim > axis else out
+            for out in jax.tree.leaves(outs)
+        ]
+
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(4, 3)).astype("float32") for _ in range(2))
+    x, y = (np.stack([a * i for i in range(1, M + 1)], axis) for a in (x, y))
+    if any(
+        out.ndim <= axis for out in jax.tree.leaves(jax.vmap(ONE[name], axis)(x, y))
+    ):
+        axis = 0
+        x, y = (np.moveaxis(a, np.shape(a).index(M), 0) for a in (x, y))
+    fn = drjax.program(clients=M)(fn)
+    plan = drjax.make_plan(fn)(x, y)
+    assert plan.rounds == 1
+    assert plan.at[plan.inputs[0]].axis == axis
+    assert_close(run(plan, x, y), jax.jit(fn)(x, y))
