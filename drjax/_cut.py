@@ -227,6 +227,10 @@ class _Cutter:
         server: dict[Var, None] = {}
         placed: dict[Var, None] = {}
         todo = list(wanted)
+        for i, eqn in enumerate(self.eqns):
+            if eqn.effects and self.stages[i] == (r, placement):
+                needed.add(i)
+                todo += filter(is_var, eqn.invars)
         while todo:
             v = todo.pop()
             i = self.producer.get(v)

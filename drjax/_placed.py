@@ -182,6 +182,7 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
         where = next(filter(None, wheres))
         rules[i] = rule = rule_of(eqn, wheres, where)
         demand_operands(eqn, rule, where)
+        scattered.difference_update(eqn.outvars)  # It was not known to be placed.
         if isinstance(rule, _rules.Placed):
             for v, axis in zip(eqn.outvars, rule.results, strict=True):
                 at[v] = where._replace(axis=axis)
@@ -192,6 +193,7 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
         if i not in inner:
             inner[i] = [straighten(port.jaxpr) for port in ports]
         flows[i] = []
+        scattered.difference_update(eqn.outvars)
         for port, body in zip(ports, inner[i], strict=True):
             inputs = {
                 body.invars[k]: _shifted(at[eqn.invars[j]], -shift, eqn)

@@ -16,8 +16,8 @@ _OPERATIONS = {
     "prod": jnp.multiply,
     "max": jnp.maximum,
     "min": jnp.minimum,
-    "and": jnp.logical_and,
-    "or": jnp.logical_or,
+    "and": jnp.bitwise_and,
+    "or": jnp.bitwise_or,
 }
 
 

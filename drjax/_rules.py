@@ -36,7 +36,12 @@ class Reduced(NamedTuple):
 
 def find(eqn: Any, axes: Sequence[int | None], n: int) -> Placed | Reduced | None:
     """What an equation does to the axis; KeyError for an unknown primitive."""
-    return _RULES[eqn.primitive.name](eqn, tuple(axes), n)
+    rule = _RULES[eqn.primitive.name](eqn, tuple(axes), n)
+    if isinstance(rule, Placed):
+        results = zip(eqn.outvars, rule.results, strict=True)
+        if any(_shape(v)[axis] != n for v, axis in results):
+            return None  # The axis of a single element has been repeated.
+    return rule
 
 
 def is_known(primitive: Any) -> bool:

@@ -251,6 +251,30 @@ def test_another_axis_of_the_same_size_is_not_the_placement(run):
     assert_close(run(plan, x), jax.jit(fn)(x))
 
 
+@ENGINE
+def test_what_an_element_prints_is_printed_once_by_each(run, capfd):
+    @program
+    def fn(x):
+        drjax.map_fn(lambda v: jax.debug.print("element {}", v), x)
+        return x
+
+    x = jnp.arange(5.0)
+    run(drjax.make_plan(fn)(x), x)
+    jax.effects_barrier()
+    assert sorted(capfd.readouterr().out.splitlines()) == [
+        f"element {i}.0" for i in range(N)
+    ]
+
+
+def test_the_axis_of_a_single_element_is_not_repeated():
+    @drjax.program(clients=1)
+    def fn(x):
+        return drjax.map_fn(jnp.sin, x) + jnp.ones((3, 2))
+
+    with pytest.raises(drjax.PlanError, match="mixes"):
+        drjax.make_plan(fn)(jnp.ones((1, 2)))
+
+
 #
 # What cannot be cut, and what is said about it.
 #
