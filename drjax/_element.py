@@ -1,0 +1,142 @@
+"""What one element does: the equations of a round, for a single element.
+
+The placement's axis has size 1 in arithmetic, so that each operation is the one of the
+program, with the parameters that its rule gives for one element.
+"""
+
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from drjax import _compat, _primitives, _rules
+from drjax._jaxprs import as_fun, is_var
+from drjax._map import map_p
+from drjax._placed import REDUCTIONS, Facts, is_repeated
+
+
+class Element:
+    """The values of one element, and the equations run on them.
+
+    Arithmetic is run on placed values that keep the placement's axis, of size 1;
+    operators on an element's own part, without it.
+    """
+
+    def __init__(self, facts: Facts, index: Any):
+        self.facts, self.index = facts, index
+        self.kept: dict[Any, Any] = {}
+        self.own: dict[Any, Any] = {}
+        self.whole: dict[Any, Any] = {}  # Scattered values, of all elements.
+        for v, x in facts.straight.constants.items():
+            self.write(v, x)
+
+    def write(self, v: Any, x: Any) -> None:
+        (self.whole if v in self.facts.scattered else self.kept)[v] = x
+
+    def write_own(self, v: Any, x: Any) -> None:
+        self.own[v] = x
+
+    def read(self, v: Any) -> Any:
+        if not is_var(v):
+            return v.val
+        if v not in self.kept:
+            self.kept[v] = jnp.expand_dims(self.read_own(v), self.facts.at[v].axis)
+        return self.kept[v]
+
+    def read_own(self, v: Any) -> Any:
+        if v not in self.own:
+            axis = self.facts.at[v].axis
+            self.own[v] = (
+                lax.dynamic_index_in_dim(self.whole[v], self.index, axis, False)
+                if v in self.whole
+                else jnp.squeeze(self.kept[v], axis)
+            )
+        return self.own[v]
+
+    def run(self, i: int) -> list[str | None]:
+        """Runs an equation; returns how to reduce each result, if at all."""
+        eqn = self.facts.straight.eqns[i]
+        params, outvars = eqn.params, eqn.outvars
+        if eqn.primitive is map_p:
+            placed = zip(eqn.invars, params["in_placed"], strict=True)
+            xs = [self.read_own(v) if p else self.read(v) for v, p in placed]
+            outs = as_fun(params["body"])(*xs)
+            for v, x, p in zip(outvars, outs, params["out_placed"], strict=True):
+                self.write_own(v, x) if p else self.write(v, x)
+            return [None if p else "sum" for p in params["out_placed"]]
+        if eqn.primitive in REDUCTIONS:
+            self.write(outvars[0], self.read_own(eqn.invars[0]))
+            return [REDUCTIONS[eqn.primitive]]
+        if eqn.primitive is _primitives.broadcast_p:
+            self.write_own(outvars[0], self.read(eqn.invars[0]))
+            return [None]
+        if eqn.primitive is _primitives.placement_index_p:
+            self.write_own(outvars[0], self.index)
+            return [None]
+        operation = None
+        if i in self.facts.flows:
+            xs = [self.read(v) for v in eqn.invars]
+            outs = _flow_of_one(self.facts, i, self.index, xs)
+        else:
+            outs, operation = self._arithmetic(i, eqn)
+        for v, x in zip(outvars, outs, strict=True):
+            self.write(v, x)
+        return [operation] * len(outvars)
+
+    def _arithmetic(self, i: int, eqn: Any) -> tuple[Any, str | None]:
+        params, rule = eqn.params, self.facts.rules.get(i)
+        where = self.facts.at.get(eqn.outvars[0])
+        operation, read = None, self.read
+        if isinstance(rule, _rules.Placed):
+            params = rule.params(1)
+        elif rule is not None:
+            operation = rule.operation
+        elif where is not None and is_repeated(eqn, where):
+            shape = list(eqn.outvars[0].aval.shape)
+            shape[where.axis] = 1
+            if eqn.primitive.name == "iota":
+                return [jnp.full(shape, self.index, params["dtype"])], None
+            params = dict(params, shape=tuple(shape))
+        else:  # Of the server, for which a scattered value is a whole.
+
+            def read(v):
+                return self.whole[v] if is_var(v) and v in self.whole else self.read(v)
+
+        outs = eqn.primitive.bind(*map(read, eqn.invars), **params)
+        return (outs if eqn.primitive.multiple_results else [outs]), operation
+
+
+def _of_element(facts: Facts, index: Any, args: Any) -> list[Any]:
+    """All of a jaxpr, for one element; placed values keep the placement's axis."""
+    env = Element(facts, index)
+    for v, x in zip(facts.straight.invars, args, strict=True):
+        env.write(v, x)
+    for i in range(len(facts.straight.eqns)):
+        env.run(i)
+    return [env.read(v) for v in facts.straight.outvars]
+
+
+def _flow_of_one(facts, i, index, xs):
+    eqn, inner = facts.straight.eqns[i], facts.flows[i]
+    params = eqn.params
+    if eqn.primitive.name == "cond":
+        branches = [lambda *ops, f=f: _of_element(f, index, ops) for f in inner]
+        return lax.switch(jnp.int32(xs[0]), branches, *xs[1:])
+    if eqn.primitive.name == "while":
+        a = params["cond_nconsts"]
+        b = a + params["body_nconsts"]
+        return lax.while_loop(
+            lambda carry: _of_element(inner[0], index, [*xs[:a], *carry])[0],
+            lambda carry: _of_element(inner[1], index, [*xs[a:b], *carry]),
+            xs[b:],
+        )
+    a, b = itertools.accumulate(_compat.scan_counts(eqn))
+
+    def step(carry, x):
+        outs = _of_element(inner[0], index, [*xs[:a], *carry, *x])
+        return outs[: b - a], outs[b - a :]
+
+    how = {k: params[k] for k in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(step, xs[a:b], xs[b:], **how)
+    return [*carry, *ys]
