@@ -171,9 +171,16 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
 
     def operator(eqn):
         where = At(eqn.params["placement"], eqn.params["n"], 0)
-        for v, placed in zip(eqn.invars, _operands_placed(eqn), strict=True):
-            if placed:
+        for v, is_placed in zip(eqn.invars, _operands_placed(eqn), strict=True):
+            if is_placed:
                 demand(v, where, name(eqn))
+            elif is_in(v, at):
+                raise PlanError(
+                    f"drjax.make_plan: {name(eqn)} sends every element a value that is "
+                    f"placed over {at[v].placement!r}, whole. Each element has its own "
+                    "part of it: pass it as an argument of the mapped function, or "
+                    "reduce it first."
+                )
         for v in pick(eqn.outvars, _results_placed(eqn)):
             at[v] = where
 

@@ -311,6 +311,24 @@ def test_an_unknown_operation_is_an_error_and_no_guess():
         drjax.make_plan(run)(XS)
 
 
+@pytest.mark.parametrize(
+    "whole",
+    [
+        lambda x: drjax.map_fn(lambda v: v - jnp.mean(x, 0), x),
+        lambda x: drjax.map_fn(lambda v: v - jnp.mean(x, 0), drjax.map_fn(jnp.sin, x)),
+        lambda x: drjax.reduce_sum(drjax.broadcast(x)) + drjax.reduce_sum(x),
+    ],
+    ids=["itself", "another", "broadcast"],
+)
+def test_to_send_the_elements_what_is_placed_is_an_error(whole):
+    @program
+    def run(x):
+        return whole(x), drjax.reduce_sum(x)
+
+    with pytest.raises(drjax.PlanError, match=r"whole\. Each element has its own"):
+        drjax.make_plan(run)(XS)
+
+
 def test_a_scan_over_the_elements_is_an_error():
     @program
     def run(x):
