@@ -13,7 +13,6 @@ All that the elements do in one round is one body. Stages are built from the las
 back, so that each holds what is asked of it and no more.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,6 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Var, mapped_aval
 
-from drjax import _compat
 from drjax._compat import ClosedJaxpr
 from drjax._element import Element
 from drjax._jaxprs import dce, is_var, trace
@@ -33,6 +31,7 @@ from drjax._placed import (
     communicates,
     find_placed,
     is_repeated,
+    operand_bounds,
     straighten,
 )
 from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
@@ -191,58 +190,52 @@ class _Cutter:
                 self.values[self.numbers[key]] = atom.val
         return self.numbers[key]
 
-    def _server(self, r: int, wanted: list[Var]) -> tuple[Server, list[Var]]:
-        needed, reads = set(), {}
+    def _needed(self, stage: Any, wanted: list[Var]) -> tuple[list[int], list[Var]]:
+        """The equations that a stage runs for what is wanted, and what it reads.
+
+        A round makes again what is the same for all elements, rather than keep it.
+        """
+        needed: set[int] = set()
+        reads: dict[Var, None] = {}  # An ordered set.
         todo = list(wanted)
         for i, eqn in enumerate(self.eqns):
-            if eqn.effects and self.stages[i] == (r, None):
+            if eqn.effects and self.stages[i] == stage:
                 needed.add(i)
                 todo += filter(is_var, eqn.invars)
         while todo:
             v = todo.pop()
             i = self.producer.get(v)
-            if i is None or self.stages[i] != (r, None):
+            if i is None or not (
+                self.stages[i] == stage
+                or (stage[1] is not None and self._is_repeated(i))
+            ):
                 reads[v] = None
             elif i not in needed:
                 needed.add(i)
                 todo += filter(is_var, self.eqns[i].invars)
-        eqns = [self.eqns[i] for i in sorted(needed)]
+        return sorted(needed), [*reads]
+
+    def _server(self, r: int, wanted: list[Var]) -> tuple[Server, list[Var]]:
+        needed, reads = self._needed((r, None), wanted)
+        eqns = [self.eqns[i] for i in needed]
         template = self.facts.straight.template
         jaxpr = template.replace(
             constvars=[],
-            invars=[*reads],
+            invars=reads,
             outvars=wanted,
             eqns=eqns,
             effects=set().union(*(eqn.effects for eqn in eqns)),
             debug_info=template.debug_info.with_unknown_names(),
         )
         stage = Server(ClosedJaxpr(jaxpr, ()), self._ids(reads), self._ids(wanted))
-        return stage, [*reads]
+        return stage, reads
 
     def _map_reduce(
         self, r: int, placement: str, wanted: list[Var]
     ) -> tuple[MapReduce, list[Var]]:
-        needed: set[int] = set()
-        server: dict[Var, None] = {}
-        placed: dict[Var, None] = {}
-        todo = list(wanted)
-        for i, eqn in enumerate(self.eqns):
-            if eqn.effects and self.stages[i] == (r, placement):
-                needed.add(i)
-                todo += filter(is_var, eqn.invars)
-        while todo:
-            v = todo.pop()
-            i = self.producer.get(v)
-            if i is not None and (
-                self.stages[i] == (r, placement) or self._is_repeated(i)
-            ):
-                if i not in needed:
-                    needed.add(i)
-                    todo += filter(is_var, self.eqns[i].invars)
-            elif v in self.at:
-                placed[v] = None
-            else:
-                server[v] = None
+        needed, reads = self._needed((r, placement), wanted)
+        server = [v for v in reads if v not in self.at]
+        placed = [v for v in reads if v in self.at]
         outs = [v for v in wanted if v in self.at]
         sums = [v for v in wanted if v not in self.at]
         operation: dict[Any, Any] = {}
@@ -251,7 +244,7 @@ class _Cutter:
             env = Element(self.facts, index)
             for v, x in zip([*server, *placed], args, strict=True):
                 env.write_own(v, x) if v in self.at else env.write(v, x)
-            for i in sorted(needed):
+            for i in needed:
                 operations = env.run(i)
                 operation.update(zip(self.eqns[i].outvars, operations, strict=True))
             return [*map(env.read, sums), *map(env.read_own, outs)]
@@ -275,20 +268,19 @@ class _Cutter:
             reductions=tuple((operation[v], self.numbers[v]) for v in sums),
             placed_outputs=self._ids(outs),
         )
-        return stage, [*server, *placed]
+        return stage, reads
 
     def _flow(self, i: int) -> tuple[Any, list[Var]]:
         """A loop or branch that communicates; its jaxprs are plans of their own."""
         eqn = self.eqns[i]
         plans = [_Cutter(facts).plan() for facts in self.facts.flows[i]]
         ids, results = self._ids(eqn.invars), self._ids(eqn.outvars)
-        params = eqn.params
         if eqn.primitive.name == "scan":
-            a, b = itertools.accumulate(_compat.scan_counts(eqn))
+            a, b = operand_bounds(eqn)
             stage: Any = Scan(
                 body=plans[0],
-                length=params["length"],
-                reverse=params["reverse"],
+                length=eqn.params["length"],
+                reverse=eqn.params["reverse"],
                 constants=ids[:a],
                 init=ids[a:b],
                 xs=ids[b:],
@@ -296,8 +288,7 @@ class _Cutter:
                 ys=results[b - a :],
             )
         elif eqn.primitive.name == "while":
-            a = params["cond_nconsts"]
-            b = a + params["body_nconsts"]
+            a, b = operand_bounds(eqn)
             stage = While(
                 predicate=plans[0],
                 body=plans[1],

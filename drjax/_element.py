@@ -4,16 +4,15 @@ The placement's axis has size 1 in arithmetic, so that each operation is the one
 program, with the parameters that its rule gives for one element.
 """
 
-import itertools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from drjax import _compat, _primitives, _rules
+from drjax import _primitives, _rules
 from drjax._jaxprs import as_fun, is_var
 from drjax._map import map_p
-from drjax._placed import REDUCTIONS, Facts, is_repeated
+from drjax._placed import REDUCTIONS, Facts, is_repeated, operand_bounds
 
 
 class Element:
@@ -119,24 +118,21 @@ def _of_element(facts: Facts, index: Any, args: Any) -> list[Any]:
 
 def _flow_of_one(facts, i, index, xs):
     eqn, inner = facts.straight.eqns[i], facts.flows[i]
-    params = eqn.params
     if eqn.primitive.name == "cond":
         branches = [lambda *ops, f=f: _of_element(f, index, ops) for f in inner]
         return lax.switch(jnp.int32(xs[0]), branches, *xs[1:])
+    a, b = operand_bounds(eqn)
     if eqn.primitive.name == "while":
-        a = params["cond_nconsts"]
-        b = a + params["body_nconsts"]
         return lax.while_loop(
             lambda carry: _of_element(inner[0], index, [*xs[:a], *carry])[0],
             lambda carry: _of_element(inner[1], index, [*xs[a:b], *carry]),
             xs[b:],
         )
-    a, b = itertools.accumulate(_compat.scan_counts(eqn))
 
     def step(carry, x):
         outs = _of_element(inner[0], index, [*xs[:a], *carry, *x])
         return outs[: b - a], outs[b - a :]
 
-    how = {k: params[k] for k in ("length", "reverse", "unroll")}
+    how = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(step, xs[a:b], xs[b:], **how)
     return [*carry, *ys]

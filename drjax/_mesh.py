@@ -31,10 +31,9 @@ def resolve(
     operator_name: str, mesh: Mesh | None, placement: "Placement"
 ) -> Mesh | None:
     """The mesh to shard a placed value over; None where nothing is to be sharded."""
+    installed = jax.sharding.get_abstract_mesh()
     if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            mesh = placement.mesh
+        mesh = placement.mesh if installed.empty else installed
         if mesh is None or not placement.use_abstract_mesh:
             return None
     if not isinstance(mesh, Mesh):
@@ -42,14 +41,13 @@ def resolve(
             f"drjax.{operator_name} over {placement.name!r}: `mesh` must be a "
             f"jax.sharding.Mesh or AbstractMesh, but got {mesh!r}."
         )
-    if is_eager() and not _same_axes(mesh, jax.sharding.get_abstract_mesh()):
+    if is_eager() and not _same_axes(mesh, installed):
         raise ValueError(
             f"drjax.{operator_name} over {placement.name!r}: `mesh` has the axes "
             f"{dict(mesh.shape)}, and the mesh that jax.set_mesh installed has others, "
-            f"{dict(jax.sharding.get_abstract_mesh().shape)}. JAX runs that under "
-            "jax.jit only: use it, or one mesh."
+            f"{dict(installed.shape)}. JAX runs that under jax.jit only: use it, or "
+            "one mesh."
         )
-    installed = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in installed.axis_types and _same_axes(mesh, installed):
         mesh = installed  # Inside a shard_map, that says which axes are manual.
     if mesh.empty:
@@ -69,7 +67,7 @@ def resolve(
                 "placement is not to be split), or make the axes Auto."
             )
         return None
-    if AxisType.Explicit in mesh.axis_types and jax.sharding.get_abstract_mesh().empty:
+    if AxisType.Explicit in mesh.axis_types and installed.empty:
         raise ValueError(
             f"drjax.{operator_name} over {name!r}: a mesh with explicit axes must be "
             "installed, for JAX keeps it in the types of arrays. Run the program under "

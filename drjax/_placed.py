@@ -259,9 +259,22 @@ class Port(NamedTuple):
     carries: list[tuple[int, int]]  # Operands and results in which a carry is.
 
 
+def operand_bounds(eqn: Any) -> tuple[int, int]:
+    """Where a loop's operands are divided.
+
+    Constants, carry and slices of a scan; constants of the predicate, constants of the
+    body, and carry of a while.
+    """
+    if eqn.primitive.name == "scan":
+        first, second = _compat.scan_counts(eqn)
+    else:
+        first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    return first, first + second
+
+
 def _ports_of_scan(eqn):
-    n_consts, n_carry = _compat.scan_counts(eqn)
-    carried = n_consts + n_carry
+    n_consts, carried = operand_bounds(eqn)
+    n_carry = carried - n_consts
     return [
         Port(
             eqn.params["jaxpr"],
@@ -273,11 +286,11 @@ def _ports_of_scan(eqn):
 
 
 def _ports_of_while(eqn):
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    init = [(j, 0) for j in range(n_cond + n_body, len(eqn.invars))]
+    n_cond, n_consts = operand_bounds(eqn)
+    init = [(j, 0) for j in range(n_consts, len(eqn.invars))]
     results = [(k, 0) for k in range(len(eqn.outvars))]
     of_cond = [(j, 0) for j in range(n_cond)]
-    of_body = [(n_cond + j, 0) for j in range(n_body)]
+    of_body = [(j, 0) for j in range(n_cond, n_consts)]
     carries = [(j, k) for k, (j, _) in enumerate(init)]
     return [
         Port(eqn.params["cond_jaxpr"], of_cond + init, [], carries),
