@@ -5,7 +5,11 @@ A program is an ordinary JAX function written with `broadcast`, `map_fn` and the
 over a mesh, and they stay visible in its jaxpr and in that of every derivative.
 """
 
-from drjax._cut import make_plan
+import os.path as _path
+
+from jax.extend import source_info_util as _source_info_util
+
+from drjax._make_plan import make_plan
 from drjax._operators import (
     broadcast,
     map_fn,
@@ -21,6 +25,9 @@ from drjax._placed import PlanError
 from drjax._plan import Plan
 from drjax._program import OperatorUndefinedError, program
 from drjax._reference import run_plan
+
+# In messages and profiles an operator comes from the line that calls it.
+_source_info_util.register_exclusion(_path.join(_path.dirname(__file__), ""))
 
 __version__ = "0.3.0.dev0"
 

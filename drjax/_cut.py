@@ -1,7 +1,6 @@
 """Cuts a jaxpr into a plan: server work, and rounds over a placement.
 
-The jaxpr is straightened first (calls inlined). Then two questions are settled for each
-of its values:
+Two questions are settled for each value of a jaxpr without calls:
 
   - Is it placed, over which placement, and at which axis? Operators say so of their
     operands and results. From there it is followed through arithmetic by the rules of
@@ -13,85 +12,28 @@ All that the elements do in one round is one body. Stages are built from the las
 back, so that each holds what is asked of it and no more.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Var, mapped_aval
 
 from drjax._compat import ClosedJaxpr
 from drjax._element import Element
-from drjax._jaxprs import dce, is_var, trace
+from drjax._jaxprs import is_in, is_var, trace
 from drjax._map import map_p
 from drjax._placed import (
     OF_PLACEMENT,
     Facts,
     communicates,
-    find_placed,
     is_repeated,
     operand_bounds,
-    straighten,
 )
 from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
+from drjax._primitives import broadcast_p, placement_size_p
 
 
-def make_plan(fn: Callable[..., Any]) -> Callable[..., Plan]:
-    """Makes a function that returns the plan of `fn`, as `jax.make_jaxpr` its jaxpr.
-
-    A plan says what the server does and what each element does, in as few rounds as the
-    program's data dependencies allow. It is pure data, for engines other than XLA.
-
-    Args:
-      fn: a program, a derivative of one, or any function that calls some.
-
-    Returns:
-      A function of the arguments of `fn`, arrays or `jax.ShapeDtypeStruct`s, that
-      returns a `Plan`. Which of them are placed is found from how they are used.
-
-    Raises:
-      PlanError: if an operation on a placed value mixes its elements, or is not known.
-
-    Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import drjax
-      >>> @drjax.program(clients=3)
-      ... def loss(w, x):
-      ...     return drjax.reduce_mean(drjax.map_fn(lambda x: (x - w) ** 2, x))
-      >>> plan = drjax.make_plan(jax.grad(loss))(2.0, jnp.arange(3.0))
-      >>> print(plan)
-      server: 3 operations
-        gives: float32[]
-      round over 'clients', 3 elements: 6 operations
-        down: float32[], float32[] (8 B)
-        own: float32[] (4 B)
-        up, sum: float32[] (4 B)
-      >>> print(drjax.run_plan(plan, 2.0, jnp.arange(3.0)))
-      2.0
-
-    References:
-      Rush et al., DrJAX, arXiv:2403.07128, section on interpreting to MapReduce.
-    """
-
-    def planned(*args: Any) -> Plan:
-        leaves, in_tree = jax.tree.flatten(args)
-        out_trees = []
-
-        def flat(*leaves):
-            outs, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(in_tree, leaves)))
-            out_trees.append(out_tree)
-            return outs
-
-        straight = straighten(jax.make_jaxpr(flat)(*leaves))
-        facts = find_placed(straight, {}, {})
-        return _Cutter(facts).plan(in_tree, out_trees[-1])
-
-    return planned
-
-
-class _Cutter:
+class Cutter:
     """Builds the stages of one plan."""
 
     def __init__(self, facts: Facts):
@@ -99,8 +41,16 @@ class _Cutter:
         self.invars, self.outvars, self.eqns, self.constants, _ = facts.straight
         self.at, self.scattered = facts.at, facts.scattered
         self.producer = {v: i for i, e in enumerate(self.eqns) for v in e.outvars}
+        # How many elements there are, the engine says.
+        sizes = {
+            eqn.outvars[0]: (eqn.params["placement"], eqn.params["n"])
+            for eqn in self.eqns
+            if eqn.primitive is placement_size_p
+        }
+        for v in sizes:
+            del self.producer[v]
         # Of each equation the round, and what it is part of there: the work over a
-        # placement (its name), a loop or branch (its position), or the server's (None).
+        # placement (name and size), a loop or branch (position), the server's (None).
         self.stages: list[tuple[int, Any]] = []
         for i, eqn in enumerate(self.eqns):
             ready = map(self._ready, filter(is_var, eqn.invars))
@@ -109,13 +59,14 @@ class _Cutter:
         self.numbers: dict[Any, int] = {}
         self.avals: list[Any] = []
         self.values: dict[int, Any] = {}
-        self._ids([*self.invars, *self.constants, *self.producer])
+        self._ids([*self.invars, *self.constants, *sizes, *self.producer])
+        self.sizes = {self.numbers[v]: of for v, of in sizes.items()}
         for v, value in self.constants.items():
             self.values[self.numbers[v]] = value
 
     def _part(self, i: int, eqn: Any) -> Any:
         if eqn.primitive is map_p or eqn.primitive in OF_PLACEMENT:
-            return eqn.params["placement"]
+            return eqn.params["placement"], eqn.params["n"]
         if inner := self.facts.flows.get(i):
             placed = all(v in self.at for v in eqn.outvars)
             if not placed or any(map(communicates, inner)):
@@ -123,14 +74,14 @@ class _Cutter:
         elif i not in self.facts.rules and not self._is_repeated(i):
             return None
         variables = filter(is_var, [*eqn.outvars, *eqn.invars])
-        return next(self.at[v] for v in variables if v in self.at).placement
+        return next(self.at[v] for v in variables if v in self.at)[:2]
 
     def _ready(self, v: Var) -> int:
         """The first round that can use a value."""
         if v not in self.producer:
             return 0
         r, part = self.stages[self.producer[v]]
-        is_reduced = isinstance(part, str) and v not in self.at
+        is_reduced = isinstance(part, tuple) and v not in self.at
         return r + (is_reduced or isinstance(part, int))
 
     def _is_repeated(self, i: int) -> bool:
@@ -150,7 +101,7 @@ class _Cutter:
         effects = {s for e, s in zip(self.eqns, self.stages, strict=True) if e.effects}
         last = max((r for r, _ in self.stages), default=0)
         flows = [part for _, part in self.stages if isinstance(part, int)]
-        placements = sorted({where.placement for where in self.at.values()})
+        placements = sorted({where[:2] for where in self.at.values()})
         stages: list[Any] = []
         for r in range(last, -1, -1):
             for part in [*reversed(flows), *placements, None]:
@@ -173,6 +124,7 @@ class _Cutter:
             scattered=frozenset(self._ids(self.scattered)),
             inputs=self._ids(self.invars),
             constants=self.values,
+            sizes=self.sizes,
             outputs=outputs,
             in_tree=in_tree,
             out_tree=out_tree,
@@ -215,6 +167,21 @@ class _Cutter:
                 todo += filter(is_var, self.eqns[i].invars)
         return sorted(needed), [*reads]
 
+    def _uses(self, needed: list[int]) -> tuple[set[Var], set[Var]]:
+        """What the elements get of the values in some equations: all, or a part."""
+        uses: tuple[set[Var], set[Var]] = set(), set()
+        for i in needed:
+            eqn = self.eqns[i]
+            own = [True] * len(eqn.invars)
+            if eqn.primitive is map_p:
+                own = eqn.params["in_placed"]
+            elif eqn.primitive is broadcast_p:
+                own = [False]
+            for v, is_own in zip(eqn.invars, own, strict=True):
+                if is_in(v, self.at):
+                    uses[is_own].add(v)
+        return uses
+
     def _server(self, r: int, wanted: list[Var]) -> tuple[Server, list[Var]]:
         needed, reads = self._needed((r, None), wanted)
         eqns = [self.eqns[i] for i in needed]
@@ -231,34 +198,36 @@ class _Cutter:
         return stage, reads
 
     def _map_reduce(
-        self, r: int, placement: str, wanted: list[Var]
+        self, r: int, part: tuple[str, int], wanted: list[Var]
     ) -> tuple[MapReduce, list[Var]]:
-        needed, reads = self._needed((r, placement), wanted)
-        server = [v for v in reads if v not in self.at]
-        placed = [v for v in reads if v in self.at]
+        needed, reads = self._needed((r, part), wanted)
+        wholes, owns = self._uses(needed)
+        server = [v for v in reads if v not in self.at or v in wholes]
+        placed = [v for v in reads if v in self.at and v in owns]
         outs = [v for v in wanted if v in self.at]
         sums = [v for v in wanted if v not in self.at]
         operation: dict[Any, Any] = {}
 
         def body(index, *args):
             env = Element(self.facts, index)
-            for v, x in zip([*server, *placed], args, strict=True):
-                env.write_own(v, x) if v in self.at else env.write(v, x)
+            for v, x in zip(server, args[: len(server)], strict=True):
+                env.write(v, x)
+            for v, x in zip(placed, args[len(server) :], strict=True):
+                env.write_own(v, x)
             for i in needed:
                 operations = env.run(i)
                 operation.update(zip(self.eqns[i].outvars, operations, strict=True))
             return [*map(env.read, sums), *map(env.read_own, outs)]
 
         info = self.facts.straight.template.debug_info.with_unknown_names()
-        n = next(w.n for w in self.at.values() if w.placement == placement)
+        placement, n = part
         avals = [
             ShapedArray((), jnp.dtype("int32")),
             *(v.aval for v in server),
             *(mapped_aval(n, self.at[v].axis, v.aval) for v in placed),
         ]
-        traced, consts = trace(body, avals, info)
+        jaxpr, consts = trace(body, avals, info)
         assert not consts, consts
-        jaxpr, _ = dce(traced, [True] * len(wanted), keep_inputs=True)
         stage = MapReduce(
             placement=placement,
             n=n,
@@ -267,13 +236,14 @@ class _Cutter:
             placed_inputs=self._ids(placed),
             reductions=tuple((operation[v], self.numbers[v]) for v in sums),
             placed_outputs=self._ids(outs),
-        )
-        return stage, reads
+        ).pruned()
+        used = {*stage.server_inputs, *stage.placed_inputs}
+        return stage, [v for v in reads if self.numbers[v] in used]
 
     def _flow(self, i: int) -> tuple[Any, list[Var]]:
         """A loop or branch that communicates; its jaxprs are plans of their own."""
         eqn = self.eqns[i]
-        plans = [_Cutter(facts).plan() for facts in self.facts.flows[i]]
+        plans = [Cutter(facts).plan() for facts in self.facts.flows[i]]
         ids, results = self._ids(eqn.invars), self._ids(eqn.outvars)
         if eqn.primitive.name == "scan":
             a, b = operand_bounds(eqn)

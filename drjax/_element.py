@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from drjax import _primitives, _rules
-from drjax._jaxprs import as_fun, is_var
+from drjax._jaxprs import as_fun, is_in, is_var
 from drjax._map import map_p
 from drjax._placed import REDUCTIONS, Facts, is_repeated, operand_bounds
 
@@ -53,13 +53,17 @@ class Element:
             )
         return self.own[v]
 
+    def read_whole(self, v: Any) -> Any:
+        """A value of the server, for which a scattered one is a whole."""
+        return self.whole[v] if is_in(v, self.whole) else self.read(v)
+
     def run(self, i: int) -> list[str | None]:
         """Runs an equation; returns how to reduce each result, if at all."""
         eqn = self.facts.straight.eqns[i]
         params, outvars = eqn.params, eqn.outvars
         if eqn.primitive is map_p:
             placed = zip(eqn.invars, params["in_placed"], strict=True)
-            xs = [self.read_own(v) if p else self.read(v) for v, p in placed]
+            xs = [self.read_own(v) if p else self.read_whole(v) for v, p in placed]
             outs = as_fun(params["body"])(*xs)
             for v, x, p in zip(outvars, outs, params["out_placed"], strict=True):
                 self.write_own(v, x) if p else self.write(v, x)
@@ -68,7 +72,7 @@ class Element:
             self.write(outvars[0], self.read_own(eqn.invars[0]))
             return [REDUCTIONS[eqn.primitive]]
         if eqn.primitive is _primitives.broadcast_p:
-            self.write_own(outvars[0], self.read(eqn.invars[0]))
+            self.write_own(outvars[0], self.read_whole(eqn.invars[0]))
             return [None]
         if eqn.primitive is _primitives.placement_index_p:
             self.write_own(outvars[0], self.index)
@@ -97,10 +101,8 @@ class Element:
             if eqn.primitive.name == "iota":
                 return [jnp.full(shape, self.index, params["dtype"])], None
             params = dict(params, shape=tuple(shape))
-        else:  # Of the server, for which a scattered value is a whole.
-
-            def read(v):
-                return self.whole[v] if is_var(v) and v in self.whole else self.read(v)
+        else:
+            read = self.read_whole
 
         outs = eqn.primitive.bind(*map(read, eqn.invars), **params)
         return (outs if eqn.primitive.multiple_results else [outs]), operation

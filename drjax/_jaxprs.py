@@ -85,6 +85,17 @@ def dce(
     return pruned, list(used_inputs)
 
 
+def dce_after_first(
+    jaxpr: ClosedJaxpr, used: Sequence[bool]
+) -> tuple[ClosedJaxpr, list[bool]]:
+    """As `dce`, but the first input stays; says which of the others are used."""
+    _, used_inputs = dce(jaxpr, used)
+    kept, _ = dce(jaxpr, used, keep_inputs=True)
+    invars = pick(kept.jaxpr.invars, [True, *used_inputs[1:]])
+    opened = kept.jaxpr.replace(invars=invars, debug_info=debug_info(kept))
+    return ClosedJaxpr(opened, ()), used_inputs[1:]
+
+
 def without_effects(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     """Drops the equations that have effects; their outputs must not be used."""
     eqns = [eqn for eqn in jaxpr.jaxpr.eqns if not eqn.effects]

@@ -1,21 +1,22 @@
 """Which values of a jaxpr are placed, over which placement, and on which axis.
 
-The jaxpr is straightened first: calls are inlined. Operators say what their operands
-and results are. From there the axis is followed through arithmetic by the rules of
-`_rules.py`, forwards, and backwards to the arguments that are placed, and through loops
-and branches into the jaxprs that they hold, until nothing more is found.
+Operators say what their operands and results are. From there the axis is followed
+through arithmetic by the rules of `_rules.py`, forwards, and backwards to the arguments
+that are placed, and through loops and branches into the jaxprs that they hold, until
+nothing more is found.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import source_info_util
-from jax.extend.core import Var, gensym
+from jax.extend.core import Var
 
 from drjax import _compat, _primitives, _rules
 from drjax._jaxprs import equations, is_in, is_var, pick
 from drjax._map import map_p
 from drjax._plan import At
+from drjax._straighten import Straight, straighten
 
 REDUCTIONS = {
     _primitives.reduce_sum_p: "sum",
@@ -32,79 +33,6 @@ class PlanError(ValueError):
 PlanError.__module__ = "drjax"
 
 
-#
-# Straightening.
-#
-_CALLS = {
-    *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"),
-    *("custom_vjp_call", "custom_lin", "remat2", "checkpoint"),
-}
-
-
-class Straight(NamedTuple):
-    """A jaxpr without calls; its variables are new."""
-
-    invars: list[Var]
-    outvars: list[Any]
-    eqns: list[Any]
-    constants: dict[Var, Any]
-    template: Any  # The jaxpr it was.
-
-
-def straighten(jaxpr: Any) -> Straight:
-    """Inlines the calls in a jaxpr, and drops what no result needs."""
-    newvar = gensym()
-    eqns: list[Any] = []
-    constants: dict[Var, Any] = {}
-
-    def inline(closed, args, source):
-        env: dict[Var, Any] = {}
-
-        def read(atom):
-            return env[atom] if is_var(atom) else atom
-
-        inner = getattr(closed, "jaxpr", closed)
-        consts = getattr(closed, "consts", ())
-        for var, value in zip(inner.constvars, consts, strict=True):
-            env[var] = newvar(var.aval)
-            constants[env[var]] = value
-        env.update(zip(inner.invars, args, strict=True))
-        for eqn in inner.eqns:
-            operands = [read(v) for v in eqn.invars]
-            # What JAX's functions do inside is told by the line that calls them.
-            known = source is None or source_info_util.summarize(eqn.source_info)
-            own_source = eqn.source_info if known else source
-            called = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-            if eqn.primitive.name in _CALLS and called is not None:
-                outs = inline(called, operands, own_source)
-            else:
-                outs = [newvar(v.aval) for v in eqn.outvars]
-                eqns.append(
-                    eqn.replace(invars=operands, outvars=outs, source_info=own_source)
-                )
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in inner.outvars]
-
-    template = getattr(jaxpr, "jaxpr", jaxpr)
-    invars = [newvar(v.aval) for v in template.invars]
-    outvars = inline(jaxpr, invars, None)
-    return Straight(invars, outvars, _live(eqns, outvars), constants, template)
-
-
-def _live(eqns: Sequence[Any], outvars: Sequence[Any]) -> list[Any]:
-    """The equations that have effects or that a result needs."""
-    needed = set(filter(is_var, outvars))
-    live = []
-    for eqn in reversed(eqns):
-        if eqn.effects or needed & {*eqn.outvars}:
-            needed.update(filter(is_var, eqn.invars))
-            live.append(eqn)
-    return live[::-1]
-
-
-#
-# Which values are placed, and where.
-#
 class Facts(NamedTuple):
     """What was found out about the values of a jaxpr, and its equations by position."""
 
@@ -113,17 +41,31 @@ class Facts(NamedTuple):
     scattered: set[Var]  # Server values that are handed out to the elements.
     rules: dict[int, Any]  # Of placed arithmetic.
     flows: dict[int, list["Facts"]]  # Of the jaxprs in scan, while and cond.
+    why: dict[Var, str]  # What says that a value is placed.
+
+    def is_placed(self, v: Any) -> bool:
+        """Whether each element has a part of a value, which the server has not."""
+        return is_in(v, self.at) and v not in self.scattered
 
 
-def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -> Facts:
+def find_placed(
+    straight: Straight,
+    seeds: dict[Var, At],
+    ends: dict[int, At],
+    told_by: tuple[str, str] = ("", ""),
+    of_server: Collection[Var] = (),
+) -> Facts:
     """Finds which values are placed, and where.
 
     Args:
       straight: the jaxpr.
       seeds: what is known of its inputs.
       ends: what is known of its outputs, by position.
+      told_by: what says the former, and what the latter, for messages.
+      of_server: inputs that are known to be the server's.
     """
     at, scattered = dict(seeds), set()
+    why = dict.fromkeys(seeds, told_by[0])  # What tells that a value is placed.
     rules: dict[int, Any] = {}
     flows: dict[int, list[Facts]] = {}
     producer = {v: eqn for eqn in straight.eqns for v in eqn.outvars}
@@ -131,23 +73,16 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
 
     def demand(v, where, by):
         """Settles that a value is placed, going back to where it comes from."""
-        if is_var(v) and v in at:
-            if at[v] != where:
-                raise PlanError(
-                    f"drjax.make_plan: {by} needs a value with the elements of "
-                    f"{where.placement!r} on axis {where.axis}, but they are those of "
-                    f"{at[v].placement!r} on axis {at[v].axis}, as the operations "
-                    "before say."
-                )
-            return
+        if is_in(v, at):
+            return settle(v, where, by)
         if not is_var(v) or v.aval.shape[where.axis : where.axis + 1] != (where.n,):
             raise PlanError(
-                f"drjax.make_plan: {by} needs the {where.n} elements of "
-                f"{where.placement!r} on axis {where.axis} of a value of type {v.aval}."
+                f"drjax.make_plan: {by} needs {_elements(where)} of a value of type "
+                f"{v.aval}, which has not so many there."
             )
         source = producer.get(v)
         if source is None:
-            if v in straight.constants:
+            if v in straight.constants or v in of_server:
                 scattered.add(v)
         elif source.primitive.name in PORTS:
             if not is_flow(source, placed):  # Else the next look at it goes inside.
@@ -157,9 +92,18 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
             if back is None:
                 scattered.add(v)
             else:
-                at[v] = where
+                at[v], why[v] = where, by
                 demand_operands(source, back, where)
-        at[v] = where
+        at[v], why[v] = where, by
+
+    def settle(v, where, by):
+        if at.setdefault(v, where) != where:
+            raise PlanError(
+                f"drjax.make_plan: a value of type {v.aval} has {_elements(at[v])}, as "
+                f"{why[v]} says, and {_elements(where)}, as {by} says. Change one of "
+                "the two, or move the axis in between."
+            )
+        why.setdefault(v, by)
 
     def placed(v):
         return is_in(v, at) and v not in scattered
@@ -174,25 +118,26 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
         for v, is_placed in zip(eqn.invars, _operands_placed(eqn), strict=True):
             if is_placed:
                 demand(v, where, name(eqn))
-            elif is_in(v, at):
+            elif placed(v):
                 raise PlanError(
                     f"drjax.make_plan: {name(eqn)} sends every element a value that is "
-                    f"placed over {at[v].placement!r}, whole. Each element has its own "
-                    "part of it: pass it as an argument of the mapped function, or "
-                    "reduce it first."
+                    f"placed over {at[v].placement!r}, as {why[v]} says, whole. Each "
+                    "element has its own part of it: pass it as an argument of the "
+                    "mapped function, or reduce it first."
                 )
         for v in pick(eqn.outvars, _results_placed(eqn)):
-            at[v] = where
+            settle(v, where, name(eqn))
 
     def arithmetic(i, eqn):
         wheres = [at.get(v) if is_var(v) else None for v in eqn.invars]
-        where = next(filter(None, wheres))
-        rules[i] = rule = rule_of(eqn, wheres, where)
+        first = next(v for v in eqn.invars if placed(v))
+        where = at[first]
+        rules[i] = rule = rule_of(eqn, wheres, where, why[first])
         demand_operands(eqn, rule, where)
         scattered.difference_update(eqn.outvars)  # It was not known to be placed.
         if isinstance(rule, _rules.Placed):
             for v, axis in zip(eqn.outvars, rule.results, strict=True):
-                at[v] = where._replace(axis=axis)
+                settle(v, where._replace(axis=axis), name(eqn))
 
     def flow(i, eqn):
         """Looks into a loop or branch, and tells both sides of each port."""
@@ -212,7 +157,7 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
                 for k, (j, shift) in enumerate(port.results)
                 if eqn.outvars[j] in at
             }
-            facts = find_placed(body, inputs, outputs)
+            facts = find_placed(body, inputs, outputs, (name(eqn), name(eqn)))
             flows[i].append(facts)
             for v, (j, shift) in zip(body.invars, port.operands, strict=True):
                 if v in facts.at:
@@ -220,10 +165,10 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
             for v, (j, shift) in zip(body.outvars, port.results, strict=False):
                 if is_var(v) and v in facts.at:
                     where = _shifted(facts.at[v], shift, eqn)
-                    at.setdefault(eqn.outvars[j], where)
+                    settle(eqn.outvars[j], where, name(eqn))
             for j, k in port.carries:
                 if is_var(eqn.invars[j]) and eqn.invars[j] in at:
-                    at.setdefault(eqn.outvars[k], at[eqn.invars[j]])
+                    settle(eqn.outvars[k], at[eqn.invars[j]], name(eqn))
                 elif eqn.outvars[k] in at:
                     demand(eqn.invars[j], at[eqn.outvars[k]], name(eqn))
 
@@ -237,13 +182,13 @@ def find_placed(straight: Straight, seeds: dict[Var, At], ends: dict[int, At]) -
             elif any(map(placed, eqn.invars)):
                 arithmetic(i, eqn)
 
-    before = -1
-    while before < len(at):  # Until nothing more is found.
-        before = len(at)
+    before = None
+    while before != (len(at), len(scattered)):  # Until nothing more is found.
+        before = len(at), len(scattered)
         forward()
         for k, where in ends.items():
-            demand(straight.outvars[k], where, "a later operation")
-    return Facts(straight, at, scattered, rules, flows)
+            demand(straight.outvars[k], where, told_by[1])
+    return Facts(straight, at, scattered, rules, flows, why)
 
 
 class Port(NamedTuple):
@@ -312,7 +257,7 @@ def is_flow(eqn: Any, placed: Callable[[Any], bool]) -> bool:
     return any(map(placed, [*eqn.invars, *eqn.outvars])) or any(
         any(equations(port.jaxpr, primitive.name))
         for port in PORTS[eqn.primitive.name](eqn)
-        for primitive in (map_p, *OF_PLACEMENT)
+        for primitive in (map_p, _primitives.placement_size_p, *OF_PLACEMENT)
     )
 
 
@@ -378,7 +323,7 @@ def _backwards(eqn, result, where):
     return None
 
 
-def rule_of(eqn: Any, wheres: Sequence[At | None], where: At) -> Any:
+def rule_of(eqn: Any, wheres: Sequence[At | None], where: At, by: str) -> Any:
     """What an equation on placed values does; PlanError if it mixes elements."""
     op, over = name(eqn), repr(where.placement)
     if any(w is not None and w[:2] != where[:2] for w in wheres):
@@ -395,11 +340,15 @@ def rule_of(eqn: Any, wheres: Sequence[At | None], where: At) -> Any:
     if rule is None:
         raise PlanError(
             f"drjax.make_plan: {op} mixes the elements of {over}, which are on axis "
-            f"{where.axis} of its operand. An element is alone until a reduction: use "
-            "drjax.reduce_*, or do it in the function given to drjax.map_fn if it is "
-            "meant for each element."
+            f"{where.axis} of its operand, as {by} says. An element is alone until a "
+            "reduction: use drjax.reduce_*, or do it in the function given to "
+            "drjax.map_fn if it is meant for each element."
         )
     return rule
+
+
+def _elements(where: At) -> str:
+    return f"the {where.n} elements of {where.placement!r} on axis {where.axis}"
 
 
 def name(eqn: Any) -> str:

@@ -5,12 +5,15 @@ values and write others, in order; an engine runs them without knowing how JAX t
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.extend.core import mapped_aval
 
+from drjax import _export
 from drjax._compat import ClosedJaxpr
+from drjax._jaxprs import dce_after_first, pick
 
 
 class At(NamedTuple):
@@ -29,6 +32,16 @@ class Server:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
+    def export(self, platforms: Sequence[str] | None = None) -> bytes:
+        """Serialises `jaxpr` with `jax.export`, for `platforms`; by default this one.
+
+        It runs without this library: `jax.export.deserialize(data).call(*inputs)`.
+
+        Raises:
+          NotImplementedError: if it calls Python functions of this process.
+        """
+        return _export.export_server(self, platforms)
+
 
 @dataclasses.dataclass(frozen=True)
 class MapReduce:
@@ -46,6 +59,52 @@ class MapReduce:
     placed_inputs: tuple[int, ...]
     reductions: tuple[tuple[str, int], ...]  # Operation, and the value it gives.
     placed_outputs: tuple[int, ...]
+
+    def export(
+        self,
+        platforms: Sequence[str] | None = None,
+        chunk: int | str | None = None,
+    ) -> bytes:
+        """Serialises what elements do with `jax.export`, to run without this library.
+
+        `jax.export.deserialize(data).call(...)` takes the body's arguments and gives
+        its results; with a `chunk`, those of c elements at once:
+
+            (count, index, *server inputs, *placed inputs)
+                -> (*reduced values, *placed outputs)
+
+        Placed values, and `index: int32 [c]`, have their elements along axis 0. The
+        first `count: int32 []` elements are valid. What the others hold does not
+        matter: they run as the first one does, and are not in what is reduced. Their
+        part of the placed outputs is to be thrown away.
+
+        Args:
+          platforms: as 'cpu', 'cuda', 'rocm' and 'tpu'; by default this process's.
+          chunk: c; or 'symbolic', for any number of elements; or None, for one element
+            by itself, with nothing reduced.
+
+        Raises:
+          NotImplementedError: if the body calls Python functions of this process.
+        """
+        return _export.export_round(self, platforms, chunk)
+
+    def pruned(self, kept: Sequence[bool] | None = None) -> "MapReduce":
+        """The round without the inputs that it does not need for what is kept.
+
+        Args:
+          kept: of the placed outputs; by default all.
+        """
+        kept = [True] * len(self.placed_outputs) if kept is None else list(kept)
+        outputs = [*(True for _ in self.reductions), *kept]
+        body, used = dce_after_first(self.body, outputs)
+        n = len(self.server_inputs)
+        return dataclasses.replace(
+            self,
+            body=body,
+            server_inputs=tuple(pick(self.server_inputs, used[:n])),
+            placed_inputs=tuple(pick(self.placed_inputs, used[n:])),
+            placed_outputs=tuple(pick(self.placed_outputs, kept)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +146,34 @@ class Branch:
 Stage = Server | MapReduce | Scan | While | Branch
 
 
+def plans_in(stage: Stage) -> tuple["Plan", ...]:
+    """The plans in a loop or branch."""
+    match stage:
+        case Scan():
+            return (stage.body,)
+        case While():
+            return (stage.predicate, stage.body)
+        case Branch():
+            return stage.branches
+        case _:
+            return ()
+
+
+def reads_of(stage: Stage) -> tuple[int, ...]:
+    """The values that a stage reads."""
+    match stage:
+        case Server():
+            return stage.inputs
+        case MapReduce():
+            return stage.server_inputs + stage.placed_inputs
+        case Scan():
+            return stage.constants + stage.init + stage.xs
+        case While():
+            return stage.predicate_constants + stage.body_constants + stage.init
+        case Branch():
+            return (stage.index, *stage.operands)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A program as stages over numbered values.
@@ -98,7 +185,11 @@ class Plan:
       scattered: which of them the server has, and hands out.
       inputs: the arguments' numbers, leaf by leaf.
       constants: values known from the start.
+      sizes: values that are a placement's number of elements, its name and `n` here.
+        An engine that loses elements gives the number of those that took part.
       outputs: the results' numbers, leaf by leaf.
+      in_tree, out_tree: the trees of arguments and results.
+      size_free: placements whose number of elements the stages do not depend on.
     """
 
     stages: tuple[Stage, ...]
@@ -107,14 +198,55 @@ class Plan:
     scattered: frozenset[int]
     inputs: tuple[int, ...]
     constants: dict[int, Any]
+    sizes: dict[int, tuple[str, int]]
     outputs: tuple[int, ...]
-    in_tree: Any
-    out_tree: Any
+    in_tree: Any = None
+    out_tree: Any = None
+    size_free: frozenset[str] = frozenset()
+
+    @property
+    def placements(self) -> list[tuple[str, int]]:
+        """The name of each placement and its number of elements."""
+        found = {*self.sizes.values(), *(where[:2] for where in self.at.values())}
+        for inner in self.inner:
+            found.update(inner.placements)
+        return sorted(found)
+
+    @property
+    def inner(self) -> list["Plan"]:
+        """The plans in loops and branches."""
+        return [plan for stage in self.stages for plan in plans_in(stage)]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """A SHA-256 of what the plan computes, the same in every process of one JAX.
+
+        Arguments and results count leaf by leaf; how they are nested does not. A Python
+        function that is called back counts by its name and line.
+        """
+        from drjax import _canonical  # It imports this module.
+
+        return _canonical.digest(self)
 
     @property
     def rounds(self) -> int:
         """How many rounds there are, those in loops and branches left out."""
         return sum(isinstance(stage, MapReduce) for stage in self.stages)
+
+    def residuals(self, stage: MapReduce) -> tuple[int, ...]:
+        """The placed outputs of a round that are kept for later stages only."""
+        return tuple(i for i in stage.placed_outputs if i not in self.outputs)
+
+    def recomputed(self) -> "Plan":
+        """The plan in which rounds make residuals again, rather than keep them.
+
+        A round then reads nothing placed but arguments and what loops carry, and does
+        the work of the rounds before it once more. An engine that cannot hold `n` times
+        the residuals runs this one.
+        """
+        from drjax import _recompute  # It imports this module.
+
+        return _recompute.recomputed(self)
 
     def element(self, number: int) -> Any:
         """The type of a value; of a placed one, that of one element's part."""

@@ -47,6 +47,8 @@ class Placement(NamedTuple):
 
 
 _scope = jax.make_user_context(default_value=())
+# Sizes that a plan is tried with: `((name, declared), size)` of some placements.
+_resized = jax.make_user_context(default_value=())
 
 
 def program(
@@ -145,6 +147,10 @@ def program(
 def _call_in_scope(
     declared: tuple[Placement, ...], fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
+    if sizes := dict(_resized.value):
+        declared = tuple(
+            p._replace(size=sizes.get((p.name, p.size), p.size)) for p in declared
+        )
     if (mesh := _mesh.of_with_statement()) is not None:
         declared = tuple(p._replace(mesh=mesh) for p in declared)
     scope = declared
@@ -252,6 +258,11 @@ def mapped_scope(name: str) -> Any:
     return _scope(
         tuple(p._replace(mapped=True) if p.name == name else p for p in _scope.value)
     )
+
+
+def resized(name: str, declared: int, size: int) -> Any:
+    """The context in which programs with so many elements have another number."""
+    return _resized((((name, declared), size),))
 
 
 def _in_custom_rule() -> bool:

@@ -8,17 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from drjax._export import OPERATIONS
 from drjax._jaxprs import as_fun
 from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
-
-_OPERATIONS = {
-    "sum": jnp.add,
-    "prod": jnp.multiply,
-    "max": jnp.maximum,
-    "min": jnp.minimum,
-    "and": jnp.bitwise_and,
-    "or": jnp.bitwise_or,
-}
 
 
 def run_plan(plan: Plan, *args: Any) -> Any:
@@ -59,6 +51,7 @@ def run_plan(plan: Plan, *args: Any) -> Any:
 
 def _run(plan: Plan, inputs: Sequence[Any]) -> list[Any]:
     env = dict(plan.constants)
+    env.update((i, jnp.int32(n)) for i, (_, n) in plan.sizes.items())
     env.update(zip(plan.inputs, inputs, strict=True))
 
     def read(ids):
@@ -111,6 +104,6 @@ def _run_round(plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:
         results.append(as_fun(stage.body)(jnp.int32(element), *server, *own))
     parts, outs = len(stage.reductions), list(zip(*results, strict=True))
     for (operation, i), values in zip(stage.reductions, outs[:parts], strict=True):
-        env[i] = functools.reduce(_OPERATIONS[operation], values)
+        env[i] = functools.reduce(OPERATIONS[operation].combine, values)
     for i, values in zip(stage.placed_outputs, outs[parts:], strict=True):
         env[i] = jnp.stack(values, plan.at[i].axis)

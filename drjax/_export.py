@@ -1,0 +1,127 @@
+"""What an engine runs elsewhere: a stage's function, also of many elements at once."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+from jax.extend.core import unmapped_aval
+
+from drjax._compat import ClosedJaxpr
+from drjax._jaxprs import as_fun, equations, struct
+
+
+class Operation(NamedTuple):
+    """How the elements' parts of a value are combined."""
+
+    combine: Callable[[Any, Any], Any]
+    reduce: Callable[..., Any]
+    identity: Callable[[Any], Any]
+
+
+def _lowest(dtype: Any) -> Any:
+    return -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else _range(dtype)[0]
+
+
+def _highest(dtype: Any) -> Any:
+    return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else _range(dtype)[1]
+
+
+def _range(dtype: Any) -> tuple[int, int]:
+    if dtype == jnp.bool_:
+        return 0, 1
+    return int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+
+
+def _all_bits(dtype: Any) -> Any:
+    return True if dtype == jnp.bool_ else ~jnp.zeros((), dtype)
+
+
+OPERATIONS = {
+    "sum": Operation(jnp.add, jnp.sum, lambda _: 0),
+    "prod": Operation(jnp.multiply, jnp.prod, lambda _: 1),
+    "max": Operation(jnp.maximum, jnp.max, _lowest),
+    "min": Operation(jnp.minimum, jnp.min, _highest),
+    "and": Operation(jnp.bitwise_and, jnp.bitwise_and.reduce, _all_bits),
+    "or": Operation(jnp.bitwise_or, jnp.bitwise_or.reduce, lambda _: 0),
+}
+
+
+def of_chunk(stage: Any) -> Callable[..., list[Any]]:
+    """The function of c elements at once that a round computes.
+
+    `(count, index, *server inputs, *placed inputs) -> (*reduced, *placed outputs)`. The
+    elements are along axis 0 of `index: int32 [c]`, their positions, and of all placed
+    values. The first `count` of them are valid, and only these are in what is reduced.
+    The others run as the first one once more, whatever they hold, and what they give is
+    selected away: a NaN, or a loop that would not end, does not matter.
+    """
+    n_server, n_reduced = len(stage.server_inputs), len(stage.reductions)
+    body = as_fun(stage.body)
+
+    def run(count, index, *args):
+        server, placed = args[:n_server], args[n_server:]
+        is_valid = jnp.arange(index.shape[0], dtype=count.dtype) < count
+        select = functools.partial(_select, is_valid)
+        own = [select(x, x[:1]) for x in (index, *placed)]
+        axes = (0, *[None] * n_server, *[0] * len(placed))
+        outs = jax.vmap(body, axes, axis_size=index.shape[0])(own[0], *server, *own[1:])
+        reduced = []
+        for (name, _), x in zip(stage.reductions, outs[:n_reduced], strict=True):
+            operation = OPERATIONS[name]
+            x = select(x, jnp.full((), operation.identity(x.dtype), x.dtype))
+            reduced.append(operation.reduce(x, axis=0).astype(x.dtype))
+        return [*reduced, *outs[n_reduced:]]
+
+    return run
+
+
+def _select(is_valid: Any, x: Any, otherwise: Any) -> Any:
+    shape = [-1] + [1] * (x.ndim - 1)
+    return jnp.where(is_valid.reshape(shape), x, otherwise)
+
+
+def export_round(
+    stage: Any, platforms: Sequence[str] | None, chunk: int | str | None
+) -> bytes:
+    """The StableHLO of `MapReduce.export`."""
+    _check_portable(stage.body)
+    if chunk is None:
+        return _serialized(as_fun(stage.body), stage.body.in_avals, platforms)
+    if chunk == "symbolic":
+        c: Any = jax_export.symbolic_shape("chunk")[0]
+    elif isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0:
+        c = chunk
+    else:
+        raise ValueError(
+            "drjax: the chunk of an export is None, a number of elements or "
+            f"'symbolic', but got {chunk!r}."
+        )
+    index, *avals = stage.body.in_avals
+    server = avals[: len(stage.server_inputs)]
+    placed = [unmapped_aval(c, 0, aval) for aval in (index, *avals[len(server) :])]
+    avals = [index, placed[0], *server, *placed[1:]]
+    return _serialized(of_chunk(stage), avals, platforms)
+
+
+def export_server(stage: Any, platforms: Sequence[str] | None) -> bytes:
+    """The StableHLO of `Server.export`."""
+    _check_portable(stage.jaxpr)
+    return _serialized(as_fun(stage.jaxpr), stage.jaxpr.in_avals, platforms)
+
+
+def _serialized(fn: Any, avals: Sequence[Any], platforms: Any) -> bytes:
+    exported = jax_export.export(jax.jit(fn), platforms=platforms)
+    return bytes(exported(*map(struct, avals)).serialize())
+
+
+def _check_portable(jaxpr: ClosedJaxpr) -> None:
+    for name in ("pure_callback", "io_callback", "debug_callback", "debug_print"):
+        for _ in equations(jaxpr, name):
+            raise NotImplementedError(
+                f"drjax: a stage with a {name} cannot be exported: it calls Python in "
+                "this process, which other processes do not have. Leave out "
+                "jax.debug.print and callbacks."
+            )

@@ -1,0 +1,175 @@
+"""Makes the plan of a function: traces it, cuts its jaxpr, and tries another size."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Var, jaxprs_in_params
+from jax.sharding import PartitionSpec
+
+from drjax import _program
+from drjax._canonical import canonical
+from drjax._cut import Cutter
+from drjax._jaxprs import struct
+from drjax._placed import PlanError, find_placed
+from drjax._plan import At, Plan
+from drjax._straighten import Straight, straighten
+
+
+def make_plan(
+    fn: Callable[..., Any], *, in_specs: Any = None, out_specs: Any = None
+) -> Callable[..., Plan]:
+    """Makes a function that returns the plan of `fn`, as `jax.make_jaxpr` its jaxpr.
+
+    A plan says what the server does and what each element does, in as few rounds as the
+    program's data dependencies allow. It is pure data, for engines other than XLA.
+
+    Which arguments and results are placed is found from how they are used, unless it is
+    said. An argument `[n, ...]` that the server hands out, as a mask, is said to be
+    `PartitionSpec()`; else it is taken for what the elements have.
+
+    Args:
+      fn: a program, a derivative of one, or any function that calls some. It is traced,
+        and for each placement traced once more with three times as many elements, which
+        shows whether the plan depends on how many there are.
+      in_specs: which arguments are placed: for each, or for each of its leaves, or for
+        a subtree, a `jax.sharding.PartitionSpec` with the placement's name at the axis
+        of the elements, as `P('clients')`; `P()` for the server's; None for not said.
+      out_specs: the same for the results.
+
+    Returns:
+      A function of the arguments of `fn`, arrays or `jax.ShapeDtypeStruct`s, that
+      returns a `Plan`.
+
+    Raises:
+      PlanError: if an operation on a placed value mixes its elements, or is not known;
+        or if what is said of arguments and results is not how they are used.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import drjax
+      >>> @drjax.program(clients=3)
+      ... def loss(w, x):
+      ...     return drjax.reduce_mean(drjax.map_fn(lambda x: (x - w) ** 2, x))
+      >>> plan = drjax.make_plan(jax.grad(loss))(2.0, jnp.arange(3.0))
+      >>> print(plan)
+      server: 3 operations
+        gives: float32[]
+      round over 'clients', 3 elements: 6 operations
+        down: float32[], float32[] (8 B)
+        own: float32[] (4 B)
+        up, sum: float32[] (4 B)
+      >>> print(drjax.run_plan(plan, 2.0, jnp.arange(3.0)))
+      2.0
+
+    References:
+      Rush et al., DrJAX, arXiv:2403.07128, section on interpreting to MapReduce.
+    """
+
+    def planned(*args: Any) -> Plan:
+        leaves, in_tree = jax.tree.flatten(args)
+        plan = make(in_tree, leaves)
+        free = {name for name, n in plan.placements if is_size_free(plan, name, n)}
+        return dataclasses.replace(plan, size_free=frozenset(free))
+
+    def make(in_tree: Any, leaves: list[Any]) -> Plan:
+        out_trees = []
+
+        def flat(*leaves):
+            outs, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(in_tree, leaves)))
+            out_trees.append(out_tree)
+            return outs
+
+        straight = straighten(jax.make_jaxpr(flat)(*leaves))
+        out_tree = out_trees[-1]
+        inputs = _stated("in_specs", in_specs, in_tree, straight.invars, straight)
+        outputs = _stated("out_specs", out_specs, out_tree, straight.outvars, straight)
+        facts = find_placed(
+            straight,
+            {straight.invars[i]: where for i, where in inputs.items() if where},
+            {i: where for i, where in outputs.items() if where},
+            ("in_specs", "out_specs"),
+            {straight.invars[i] for i, where in inputs.items() if not where},
+        )
+        for i, where in outputs.items():
+            v = straight.outvars[i]
+            if not where and isinstance(v, Var) and facts.is_placed(v):
+                raise PlanError(
+                    f"drjax.make_plan: out_specs say that result {i} is the server's, "
+                    f"but it is placed over {facts.at[v].placement!r}, as "
+                    f"{facts.why[v]} says. Reduce it, or say so."
+                )
+        return Cutter(facts).plan(in_tree, out_tree)
+
+    def is_size_free(plan: Plan, placement: str, n: int) -> bool:
+        """Whether the plan is the same for another number of elements."""
+        leaves = []
+        for i in plan.inputs:
+            shape = list(plan.avals[i].shape)
+            if i in plan.at and plan.at[i][:2] == (placement, n):
+                shape[plan.at[i].axis] = 3 * n
+            leaves.append(struct(plan.avals[i].update(shape=tuple(shape))))
+        try:
+            with _program.resized(placement, n, 3 * n):
+                other = make(plan.in_tree, leaves)
+        except Exception:  # Whatever is raised where the sizes do not fit.
+            return False
+        return canonical(plan, placement) == canonical(other, placement)
+
+    return planned
+
+
+def _stated(
+    what: str, specs: Any, tree: Any, variables: list[Any], straight: Straight
+) -> dict[int, At | None]:
+    """What is said of some leaves, by position: where they are placed, or None."""
+
+    def is_leaf(x):
+        return x is None or isinstance(x, PartitionSpec)
+
+    def repeated(spec, subtree):
+        return [spec] * len(jax.tree.leaves(subtree))
+
+    full = jax.tree.unflatten(tree, range(len(variables)))
+    try:
+        of_leaves = jax.tree.map(repeated, specs, full, is_leaf=is_leaf)
+    except ValueError as e:
+        raise ValueError(
+            f"drjax.make_plan: {what} are {specs}, which is no prefix of the tree "
+            f"{tree}."
+        ) from e
+    leaves = jax.tree.leaves(of_leaves, is_leaf=is_leaf)
+    stated: dict[int, At | None] = {}
+    for i, (spec, v) in enumerate(zip(leaves, variables, strict=True)):
+        if spec is None:
+            continue
+        if not isinstance(spec, PartitionSpec) or sum(x is not None for x in spec) > 1:
+            raise TypeError(
+                f"drjax.make_plan: {what} hold {spec!r}, but a leaf is None or a "
+                "PartitionSpec with the name of one placement at most."
+            )
+        stated[i] = None
+        for axis, placement in enumerate(spec):
+            if placement is not None:
+                n = v.aval.shape[axis] if axis < v.aval.ndim else 0
+                if (placement, n) not in {*_placements(straight)}:
+                    raise PlanError(
+                        f"drjax.make_plan: {what} say that a value of type {v.aval} "
+                        f"has the elements of {placement!r} on axis {axis}, but no "
+                        "operator in the function is for a placement of that name and "
+                        "size. There are operators for "
+                        f"{sorted({*_placements(straight)})}."
+                    )
+                stated[i] = At(placement, n, axis)
+    return stated
+
+
+def _placements(jaxpr: Any):
+    """The name and the size of the placement of each operator."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("drjax_"):
+            yield eqn.params["placement"], eqn.params["n"]
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _placements(getattr(inner, "jaxpr", inner))
