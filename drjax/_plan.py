@@ -224,9 +224,9 @@ class Plan:
         Arguments and results count leaf by leaf; how they are nested does not. A Python
         function that is called back counts by its name and line.
         """
-        from drjax import _canonical  # It imports this module.
+        from drjax._canonical import digest  # These modules import this one.
 
-        return _canonical.digest(self)
+        return digest(self)
 
     @property
     def rounds(self) -> int:
@@ -244,9 +244,9 @@ class Plan:
         the work of the rounds before it once more. An engine that cannot hold `n` times
         the residuals runs this one.
         """
-        from drjax import _recompute  # It imports this module.
+        from drjax._recompute import recomputed
 
-        return _recompute.recomputed(self)
+        return recomputed(self)
 
     def element(self, number: int) -> Any:
         """The type of a value; of a placed one, that of one element's part."""
@@ -256,69 +256,21 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        """The stages for a reader, with the bytes that go to an element and back."""
-        return "\n".join(_describe(self))
+        """The stages for a reader, with what goes to the elements and back."""
+        from drjax._describe import text
+
+        return "\n".join(text(self))
+
+    def to_html(self) -> str:
+        """A page with a picture of the plan, which needs no other file."""
+        from drjax._html import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        from drjax._html import figure
+
+        return figure(self)
 
 
 Plan.__module__ = "drjax"
-
-
-def _describe(plan: Plan) -> list[str]:
-    lines = []
-    for stage in plan.stages:
-        match stage:
-            case Server():
-                lines += [
-                    f"server: {_count(stage.jaxpr)}",
-                    *_row(plan, "gives", stage.outputs),
-                ]
-            case MapReduce():
-                lines += _describe_round(plan, stage)
-            case Scan():
-                lines += [f"scan, {stage.length} times", *_indented(stage.body)]
-            case While():
-                lines += ["while", *_indented(stage.predicate)]
-                lines += ["do", *_indented(stage.body)]
-            case Branch():
-                for i, branch in enumerate(stage.branches):
-                    lines += [f"branch {i}", *_indented(branch)]
-    return lines or ["nothing to do"]
-
-
-def _describe_round(plan: Plan, stage: MapReduce) -> list[str]:
-    handed_out = [i for i in stage.placed_inputs if i in plan.scattered]
-    own = [i for i in stage.placed_inputs if i not in plan.scattered]
-    operations = sorted({operation for operation, _ in stage.reductions})
-    return [
-        f"round over {stage.placement!r}, {stage.n} elements: {_count(stage.body)}",
-        *_row(plan, "down", [*stage.server_inputs, *handed_out], sized=True),
-        *_row(plan, "own", own, sized=True),
-        *_row(
-            plan,
-            f"up, {' '.join(operations)}",
-            [i for _, i in stage.reductions],
-            sized=True,
-        ),
-        *_row(plan, "kept", stage.placed_outputs, sized=True),
-    ]
-
-
-def _row(plan: Plan, title: str, ids: Sequence[int], sized: bool = False) -> list[str]:
-    """A line on values, as each element has them."""
-    if not ids:
-        return []
-    avals = [plan.element(i) for i in ids]
-    types = [f"{aval.dtype}{list(aval.shape)}" for aval in avals]
-    if len(types) > 8:
-        types = [f"{len(types)} values"]
-    size = sum(aval.size * aval.dtype.itemsize for aval in avals)
-    return [f"  {title}: {', '.join(types)}" + f" ({size:,} B)" * sized]
-
-
-def _count(jaxpr: ClosedJaxpr) -> str:
-    n = len(jaxpr.jaxpr.eqns)
-    return f"{n} operation{'s' * (n != 1)}"
-
-
-def _indented(plan: Plan) -> list[str]:
-    return ["  " + line for line in _describe(plan)]

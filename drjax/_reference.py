@@ -1,7 +1,7 @@
 """The reference engine: runs a plan one element at a time, slowly and obviously."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,10 +46,15 @@ def run_plan(plan: Plan, *args: Any) -> Any:
                 f"drjax.run_plan: the plan is for an argument of type {want}, but got "
                 f"{got}. Make a plan for these arguments."
             )
-    return jax.tree.unflatten(plan.out_tree, _run(plan, leaves))
+    return jax.tree.unflatten(plan.out_tree, interpret(plan, leaves, _run_round))
 
 
-def _run(plan: Plan, inputs: Sequence[Any]) -> list[Any]:
+# Runs a round: reads and writes values by number.
+RunRound = Callable[[Plan, MapReduce, dict[int, Any]], None]
+
+
+def interpret(plan: Plan, inputs: Sequence[Any], run_round: RunRound) -> list[Any]:
+    """Runs a plan's stages in order, its rounds as `run_round` does."""
     env = dict(plan.constants)
     env.update((i, jnp.int32(n)) for i, (_, n) in plan.sizes.items())
     env.update(zip(plan.inputs, inputs, strict=True))
@@ -65,14 +70,14 @@ def _run(plan: Plan, inputs: Sequence[Any]) -> list[Any]:
             case Server():
                 write(stage.outputs, as_fun(stage.jaxpr)(*read(stage.inputs)))
             case MapReduce():
-                _run_round(plan, stage, env)
+                run_round(plan, stage, env)
             case Scan():
                 constants, carry = read(stage.constants), read(stage.init)
                 ys: list[Any] = [None] * stage.length
                 steps = range(stage.length)
                 for t in reversed(steps) if stage.reverse else steps:
                     xs = [x[t] for x in read(stage.xs)]
-                    outs = _run(stage.body, [*constants, *carry, *xs])
+                    outs = interpret(stage.body, [*constants, *carry, *xs], run_round)
                     carry, ys[t] = outs[: len(carry)], outs[len(carry) :]
                 write(stage.carry, carry)
                 stacked = [jnp.stack(y) for y in zip(*ys, strict=True)]
@@ -83,13 +88,14 @@ def _run(plan: Plan, inputs: Sequence[Any]) -> list[Any]:
             case While():
                 constants, carry = read(stage.body_constants), read(stage.init)
                 given = read(stage.predicate_constants)
-                while _run(stage.predicate, [*given, *carry])[0]:
-                    carry = _run(stage.body, [*constants, *carry])
+                while interpret(stage.predicate, [*given, *carry], run_round)[0]:
+                    carry = interpret(stage.body, [*constants, *carry], run_round)
                 write(stage.carry, carry)
             case Branch():
                 last = len(stage.branches) - 1
                 branch = stage.branches[min(max(int(env[stage.index]), 0), last)]
-                write(stage.results, _run(branch, read(stage.operands)))
+                operands = read(stage.operands)
+                write(stage.results, interpret(branch, operands, run_round))
     return read(plan.outputs)
 
 
