@@ -39,7 +39,7 @@ class Cutter:
     def __init__(self, facts: Facts):
         self.facts = facts
         self.invars, self.outvars, self.eqns, self.constants, _ = facts.straight
-        self.at, self.scattered = facts.at, facts.scattered
+        self.at = facts.at
         self.producer = {v: i for i, e in enumerate(self.eqns) for v in e.outvars}
         # How many elements there are, the engine says.
         sizes = {
@@ -55,6 +55,7 @@ class Cutter:
         for i, eqn in enumerate(self.eqns):
             ready = map(self._ready, filter(is_var, eqn.invars))
             self.stages.append((max(ready, default=0), self._part(i, eqn)))
+        self._delay_server_work()
         # Of variables, and of literals where a stage needs one.
         self.numbers: dict[Any, int] = {}
         self.avals: list[Any] = []
@@ -84,10 +85,28 @@ class Cutter:
         is_reduced = isinstance(part, tuple) and v not in self.at
         return r + (is_reduced or isinstance(part, int))
 
+    def _delay_server_work(self) -> None:
+        """Moves it to the round before which it is used first, so that it is together.
+
+        The server's part of a round comes before the elements'.
+        """
+        used: dict[Var, int] = {}
+        for i, eqn in reversed([*enumerate(self.eqns)]):
+            r, part = self.stages[i]
+            users = [used[v] for v in eqn.outvars if v in used]
+            if part is None and users and not eqn.effects:
+                r = min(users)
+                self.stages[i] = r, None
+            for v in filter(is_var, eqn.invars):
+                used[v] = min(r, used.get(v, r))
+
     def _is_repeated(self, i: int) -> bool:
         """Whether an equation makes a placed value of server values, or of none."""
-        (v, *_), eqn = self.eqns[i].outvars, self.eqns[i]
-        return v in self.at and v not in self.scattered and is_repeated(eqn, self.at[v])
+        eqn = self.eqns[i]
+        return any(
+            self.facts.is_placed(v) and is_repeated(eqn, self.at[v])
+            for v in eqn.outvars
+        )
 
     def plan(self, in_tree: Any = None, out_tree: Any = None) -> Plan:
         asked: dict[Any, dict[Var, None]] = {}  # By stage; ordered sets.
@@ -121,7 +140,7 @@ class Cutter:
             stages=tuple(reversed(stages)),
             avals=tuple(self.avals),
             at={self.numbers[v]: where for v, where in self.at.items()},
-            scattered=frozenset(self._ids(self.scattered)),
+            scattered=frozenset(self._ids(self.facts.scattered)),
             inputs=self._ids(self.invars),
             constants=self.values,
             sizes=self.sizes,

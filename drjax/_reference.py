@@ -46,7 +46,13 @@ def run_plan(plan: Plan, *args: Any) -> Any:
                 f"drjax.run_plan: the plan is for an argument of type {want}, but got "
                 f"{got}. Make a plan for these arguments."
             )
-    return jax.tree.unflatten(plan.out_tree, interpret(plan, leaves, _run_round))
+    outs = interpret(plan, leaves, _run_round)
+    return jax.tree.unflatten(plan.out_tree, map(_as_array, outs))
+
+
+def _as_array(x: Any) -> Any:
+    """A result as jit has it: a Python number may have been passed through."""
+    return x if hasattr(x, "shape") else jnp.asarray(x)
 
 
 # Runs a round: reads and writes values by number.
