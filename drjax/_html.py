@@ -30,6 +30,7 @@ _STYLE = """
   margin: .5em 0; }
 .drjax-plan h4 { margin: .3em 0; font-size: 1em; }
 .drjax-plan small { display: block; opacity: .85; }
+.drjax-plan summary { font-size: 13px; white-space: nowrap; }
 .drjax-plan pre { font-size: 11px; overflow: auto; max-height: 30em; }
 """
 

@@ -55,12 +55,11 @@ def make_plan(
       ...     return drjax.reduce_mean(drjax.map_fn(lambda x: (x - w) ** 2, x))
       >>> plan = drjax.make_plan(jax.grad(loss))(2.0, jnp.arange(3.0))
       >>> print(plan)
-      server: 3 operations
-        gives: float32[]
-      round over 'clients', 3 elements: 6 operations
-        down: float32[], float32[] (8 B)
-        own: float32[] (4 B)
-        up, sum: float32[] (4 B)
+      server: 2 operations, 1 FLOP
+      round over 'clients', 3 elements: each 6 operations, 4 FLOPs
+        down: 2 x float32[] (8 B each, 24 B in all)
+        own: float32[] (4 B each, 12 B in all)
+        up, sum: float32[] (4 B each, 12 B in all)
       >>> print(drjax.run_plan(plan, 2.0, jnp.arange(3.0)))
       2.0
 

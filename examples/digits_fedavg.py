@@ -11,6 +11,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -259,12 +260,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{title}, as JAX sees it:")
         show(jaxpr)
 
-    for title, fn in (
-        ("A round", federated_round),
-        ("The gradient of the loss after it", jax.grad(loss_after_round)),
+    for title, fn, name in (
+        ("A round", federated_round, "plan"),
+        ("The gradient of the loss after it", jax.grad(loss_after_round), "gradient"),
     ):
-        print(f"\n{title}, as a plan, with the bytes for each client:")
-        print(drjax.make_plan(fn)(RATES, state, clients))
+        plan = drjax.make_plan(fn)(RATES, state, clients)
+        page = Path(args.output).with_suffix(f".{name}.html")
+        page.write_text(plan.to_html(), encoding="utf-8")
+        print(f"\n{title}, as a plan; drawn in {page}:\n{plan}")
 
     if jax.device_count() >= 8:
         print("\nA round on 8 devices, 2 x 4 of clients x model:")

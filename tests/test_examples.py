@@ -79,6 +79,19 @@ def test_plot_is_a_png(printed, plot):
     assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_plans_are_printed_and_drawn(printed, plot):
+    for title, name, rounds in (
+        ("A round", "plan", 1),
+        ("The gradient of the loss after it", "gradient", 3),
+    ):
+        page = plot.with_suffix(f".{name}.html")
+        (plan,) = re.findall(
+            rf"^{title}, as a plan; drawn in {page}:\n((?:.+\n)+)", printed, re.M
+        )
+        assert len(re.findall("^round over 'clients', 50", plan, re.M)) == rounds
+        assert page.read_text().count("50 × clients") == rounds
+
+
 def test_a_mesh_computes_the_same_with_one_sum_over_the_clients(printed):
     (section,) = re.findall(r"^A round on 8 devices, .*:\n((?:.+\n)+)", printed, re.M)
     first, *collectives = section.splitlines()
