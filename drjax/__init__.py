@@ -22,9 +22,9 @@ from drjax._operators import (
     reduce_weighted_mean,
 )
 from drjax._placed import PlanError
-from drjax._plan import Plan
 from drjax._program import OperatorUndefinedError, program
 from drjax._reference import run_plan
+from drjax.plan import Plan
 
 # In messages and profiles an operator comes from the line that calls it.
 _source_info_util.register_exclusion(_path.join(_path.dirname(__file__), ""))

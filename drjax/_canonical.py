@@ -16,8 +16,8 @@ import numpy as np
 
 from drjax import _compat
 from drjax._jaxprs import is_var
-from drjax._plan import At, MapReduce, Plan
 from drjax._straighten import straighten
+from drjax.plan import At, MapReduce, Plan
 
 
 def digest(plan: Plan) -> str:

@@ -29,8 +29,8 @@ from drjax._placed import (
     is_repeated,
     operand_bounds,
 )
-from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
 from drjax._primitives import broadcast_p, placement_size_p
+from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
 
 class Cutter:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from drjax._flops import Flops, flops
-from drjax._plan import Branch, MapReduce, Plan, Scan, Server, Stage, While
+from drjax.plan import Branch, MapReduce, Plan, Scan, Server, Stage, While
 
 
 class Values(NamedTuple):

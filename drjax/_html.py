@@ -5,7 +5,7 @@ from typing import Any
 
 from drjax._describe import Values, amount, of_round, title, work
 from drjax._flops import flops
-from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
+from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
 _STYLE = """
 .drjax-plan { font: 14px/1.4 system-ui, sans-serif; max-width: 60em; }

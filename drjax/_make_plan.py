@@ -13,8 +13,8 @@ from drjax._canonical import canonical
 from drjax._cut import Cutter
 from drjax._jaxprs import struct
 from drjax._placed import PlanError, find_placed
-from drjax._plan import At, Plan
 from drjax._straighten import Straight, straighten
+from drjax.plan import At, Plan
 
 
 def make_plan(

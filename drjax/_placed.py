@@ -15,8 +15,8 @@ from jax.extend.core import Var
 from drjax import _compat, _primitives, _rules
 from drjax._jaxprs import equations, is_in, is_var, pick
 from drjax._map import map_p
-from drjax._plan import At
 from drjax._straighten import Straight, straighten
+from drjax.plan import At
 
 REDUCTIONS = {
     _primitives.reduce_sum_p: "sum",

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from drjax._jaxprs import as_fun, dce, debug_info, pick, trace, without_effects
-from drjax._plan import MapReduce, Plan, reads_of
+from drjax.plan import MapReduce, Plan, reads_of
 
 
 def recomputed(plan: Plan) -> Plan:

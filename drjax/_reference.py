@@ -10,7 +10,7 @@ from jax import lax
 
 from drjax._export import OPERATIONS
 from drjax._jaxprs import as_fun
-from drjax._plan import Branch, MapReduce, Plan, Scan, Server, While
+from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
 
 def run_plan(plan: Plan, *args: Any) -> Any:

@@ -13,7 +13,7 @@ from helpers import assert_close
 from programs import XS, N, W, program
 
 import drjax
-from drjax._plan import MapReduce, Server
+from drjax.plan import MapReduce, Server
 
 
 def rounds(plan):
@@ -65,7 +65,7 @@ def in_another_process(data, inputs, folder):
 @pytest.mark.parametrize("chunk", [4, "symbolic"])
 def test_a_chunk_runs_in_a_process_without_this_library(chunk, tmp_path):
     """Also where padding would run for ever: it is zero."""
-    x = np.float32([3, 0.1, 7, 50, 0.7])
+    x = np.array([3, 0.1, 7, 50, 0.7], "float32")
     (stage,) = rounds(drjax.make_plan(doubling)(2.0, x))
     data = stage.export(chunk=chunk)
     zeros = np.zeros(4, np.float32)
@@ -81,7 +81,7 @@ def test_a_chunk_runs_in_a_process_without_this_library(chunk, tmp_path):
 
 
 def test_one_element_and_the_server_run_in_a_process_without_this_library(tmp_path):
-    x = np.float32([3, 0.1, 7, 50, 0.7])
+    x = np.array([3, 0.1, 7, 50, 0.7], "float32")
     plan = drjax.make_plan(doubling)(2.0, x)
     each = [
         in_another_process(

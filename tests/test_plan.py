@@ -10,7 +10,7 @@ from jax import lax
 from programs import PROGRAMS, XS, M, N, Program, W, program
 
 import drjax
-from drjax._plan import Branch, MapReduce, Scan, Server, While
+from drjax.plan import Branch, MapReduce, Scan, Server, While
 
 
 def in_a_scan(fn, xs):

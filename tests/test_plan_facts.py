@@ -18,7 +18,7 @@ from programs import XS, M, N, W, program
 
 import drjax
 from drjax._describe import of_round
-from drjax._plan import MapReduce, plans_in
+from drjax.plan import MapReduce, plans_in
 
 
 def local_step(w, x):

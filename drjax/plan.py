@@ -1,7 +1,8 @@
 """The plan of a program: what the server does, and what each element does in a round.
 
-A plan is pure data. Its values have numbers. `Server` and `MapReduce` stages read some
-values and write others, in order; an engine runs them without knowing how JAX traces.
+A plan is pure data. Its values have numbers. Stages read some values and write others,
+in order; an engine runs them without knowing how JAX traces. `Server` and `MapReduce`
+stages hold jaxprs; `Scan`, `While` and `Branch` hold plans, with numbers of their own.
 """
 
 import dataclasses
@@ -85,6 +86,17 @@ class MapReduce:
 
         Raises:
           NotImplementedError: if the body calls Python functions of this process.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jax import export
+          >>> import drjax
+          >>> total = drjax.program(clients=5)(drjax.reduce_sum)
+          >>> (stage,) = drjax.make_plan(total)(jnp.ones(5)).stages
+          >>> run = export.deserialize(bytearray(stage.export(chunk=3))).call
+          >>> of_two = jnp.array([4.0, 5.0, jnp.nan])
+          >>> print(*run(jnp.int32(2), jnp.arange(3, dtype="int32"), of_two))
+          9.0
         """
         return _export.export_round(self, platforms, chunk)
 
@@ -144,6 +156,7 @@ class Branch:
 
 
 Stage = Server | MapReduce | Scan | While | Branch
+__all__ = ["At", "Branch", "MapReduce", "Plan", "Scan", "Server", "Stage", "While"]
 
 
 def plans_in(stage: Stage) -> tuple["Plan", ...]:
