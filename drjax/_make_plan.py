@@ -8,12 +8,12 @@ import jax
 from jax.extend.core import Var, jaxprs_in_params
 from jax.sharding import PartitionSpec
 
-from drjax import _program
+from drjax import _mesh, _program
 from drjax._canonical import canonical
 from drjax._cut import Cutter
 from drjax._jaxprs import struct
 from drjax._placed import PlanError, find_placed
-from drjax._straighten import Straight, straighten
+from drjax._straighten import Straight, straighten, without_shardings
 from drjax.plan import At, Plan
 
 
@@ -69,8 +69,9 @@ def make_plan(
 
     def planned(*args: Any) -> Plan:
         leaves, in_tree = jax.tree.flatten(args)
-        plan = make(in_tree, leaves)
-        free = {name for name, n in plan.placements if is_size_free(plan, name, n)}
+        with _mesh.without_explicit_axes():
+            plan = make(in_tree, leaves)
+            free = {name for name, n in plan.placements if is_size_free(plan, name, n)}
         return dataclasses.replace(plan, size_free=frozenset(free))
 
     def make(in_tree: Any, leaves: list[Any]) -> Plan:
@@ -81,7 +82,8 @@ def make_plan(
             out_trees.append(out_tree)
             return outs
 
-        straight = straighten(jax.make_jaxpr(flat)(*leaves))
+        jaxpr = jax.make_jaxpr(flat)(*map(_without_sharding, leaves))
+        straight = straighten(without_shardings(jaxpr))
         out_tree = out_trees[-1]
         inputs = _stated("in_specs", in_specs, in_tree, straight.invars, straight)
         outputs = _stated("out_specs", out_specs, out_tree, straight.outvars, straight)
@@ -118,6 +120,17 @@ def make_plan(
         return canonical(plan, placement) == canonical(other, placement)
 
     return planned
+
+
+def _without_sharding(x: Any) -> Any:
+    """An argument, for a plan is for engines that have no such mesh."""
+    if isinstance(x, jax.Array):
+        weak_type = jax.typeof(x).weak_type
+    elif isinstance(x, jax.ShapeDtypeStruct):
+        weak_type = x.weak_type
+    else:
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
 
 
 def _stated(

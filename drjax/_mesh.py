@@ -6,6 +6,7 @@ resolved when an operator is bound and carried as a parameter of the primitive, 
 that it is never hidden from jit.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ import jax
 import jax.api_util
 import jax.extend
 from jax.core import ShapedArray
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from drjax import _compat
@@ -147,6 +148,13 @@ def without_shards(x: Any) -> Any:
     if not spec or spec[0] is None:
         return x
     return jax.sharding.reshard(x, P(None, *spec[1:]))
+
+
+def without_explicit_axes() -> Any:
+    """The context without the installed mesh, if its axes would be in types."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
 @functools.partial(_compat.inlined_jit, static_argnames=("placement", "mesh"))

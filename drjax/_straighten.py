@@ -1,11 +1,13 @@
-"""A jaxpr without calls: jit, checkpoint and custom derivatives are looked through."""
+"""A jaxpr without calls, which are looked through, and without a mesh."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import source_info_util
 from jax.extend.core import Var, gensym
+from jax.sharding import NamedSharding
 
+from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import is_var
 
 _CALLS = {
@@ -22,6 +24,36 @@ class Straight(NamedTuple):
     eqns: list[Any]
     constants: dict[Var, Any]
     template: Any  # The jaxpr it was.
+
+
+_SHARDINGS = {"device_put", "mesh_cast", "reshard", "sharding_constraint"}
+
+
+def without_shardings(jaxpr: Any) -> Any:
+    """Drops, at every depth, what only says on which devices values are."""
+    inner, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+    same: dict[Var, Any] = {}
+
+    def read(atom):
+        return same.get(atom, atom) if is_var(atom) else atom
+
+    def param(value):
+        if isinstance(value, tuple) and any(hasattr(x, "eqns") for x in value):
+            return tuple(map(param, value))
+        if isinstance(value, NamedSharding):
+            return None
+        return without_shardings(value) if hasattr(value, "eqns") else value
+
+    eqns = []
+    for eqn in inner.eqns:
+        operands = [*map(read, eqn.invars)]
+        if eqn.primitive.name in _SHARDINGS:
+            same.update(zip(eqn.outvars, operands, strict=True))
+        else:
+            params = {key: param(value) for key, value in eqn.params.items()}
+            eqns.append(eqn.replace(invars=operands, params=params))
+    new = inner.replace(eqns=eqns, outvars=[*map(read, inner.outvars)])
+    return ClosedJaxpr(new, consts) if hasattr(jaxpr, "consts") else new
 
 
 def straighten(jaxpr: Any) -> Straight:

@@ -1,6 +1,7 @@
 """What a plan says: sizes, hash, placements of arguments, bytes, and its pictures."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 from engines import ENGINE
 from helpers import assert_close
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import XS, M, N, W, program
+from programs import PROGRAMS, XS, M, N, W, program
 
 import drjax
 from drjax._describe import of_round
@@ -407,3 +409,43 @@ def test_what_an_element_prints_is_not_printed_again_to_recompute(capfd):
     drjax.run_plan(plan, W, XS)
     jax.effects_barrier()
     assert capfd.readouterr().out.count("element") == N
+
+
+#
+# Meshes.
+#
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def mesh(request):
+    kinds = (request.param,) * 2
+    return jax.make_mesh((N, 1), ("clients", "model"), kinds, devices=jax.devices()[:N])
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_a_plan_made_on_a_mesh_is_the_plan_without_it(case, mesh):
+    def shard(x):
+        spec = P("clients") if jnp.shape(x)[:1] == (N,) else P()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    want = drjax.make_plan(case.run)(*case.args)
+    with jax.set_mesh(mesh):
+        got = drjax.make_plan(case.run)(*jax.tree.map(shard, case.args))
+    assert got.hash == want.hash
+
+
+def test_a_sharding_constraint_is_no_part_of_a_plan():
+    mesh = jax.make_mesh((1, 1), ("clients", "model"), (AxisType.Auto,) * 2)
+
+    def split(x, *spec):
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+
+    def fn(w, xs, split):
+        def one(x):
+            step = lambda v, _: (split(jnp.tanh(v @ w @ w.T), None, "model"), None)  # noqa: E731
+            return lax.scan(step, split(x, None, "model"), None, length=2)[0]
+
+        out = split(drjax.map_fn(one, split(xs, "clients")), "clients") * 2
+        return split(drjax.reduce_sum(out), None, "model")
+
+    constrained = drjax.make_plan(program(functools.partial(fn, split=split)))(W, XS)
+    plain = drjax.make_plan(program(functools.partial(fn, split=lambda x, *_: x)))
+    assert constrained.hash == plain(W, XS).hash
