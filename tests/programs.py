@@ -259,11 +259,15 @@ def cond_around(w, xs):
 
 def _power_iteration(matvec, v):
     def step(state):
-        v, i = state
-        v = matvec(v)
-        return v / jnp.linalg.norm(v), i + 1
+        old, _, i = state
+        new = matvec(old) + 10 * old  # A multiple of the matrix stops elsewhere.
+        new /= jnp.linalg.norm(new)
+        return new, jnp.sum((new - old) ** 2), i + 1
 
-    return lax.while_loop(lambda state: state[1] < 4, step, (v, 0))[0]
+    def moves(state):
+        return (state[1] > 1.4e-3) & (state[2] < 9)
+
+    return lax.while_loop(moves, step, (v, jnp.float32(1), 0))
 
 
 @_row(
@@ -307,6 +311,202 @@ def newton(w, xs, ys):
     return w - jnp.linalg.solve(hessian + 30 * jnp.eye(3), grad)
 
 
+#
+# Algorithms that keep state from round to round.
+#
+def _adam_state(w):
+    return jnp.zeros_like(w), jnp.zeros_like(w), 0
+
+
+def _adam(state, grad):
+    """The next state, and a step, which is smooth where the gradient is zero."""
+    m, v, i = state
+    m, v, i = 0.9 * m + 0.1 * grad, 0.9 * v + 0.1 * grad**2, i + 1
+    return (m, v, i), m / (1 - 0.9**i) / jnp.sqrt(v / (1 - 0.9**i) + 0.1)
+
+
+def _fedadam(mean_trained, w, lr):
+    def step(carry, _):
+        w, state = carry
+        state, update = _adam(state, w - mean_trained(w))
+        return (w - lr * update, state), w
+
+    return lax.scan(step, (w, _adam_state(w)), None, length=3)
+
+
+def _fedadam_plain(w, lr, xs, ys):
+    def mean_trained(w):
+        return jnp.mean(jax.vmap(_local_sgd, (None, 0, 0))(w, xs, ys), 0)
+
+    return _fedadam(mean_trained, w, lr)
+
+
+@_row(_fedadam_plain, V, 0.5, XS, YS)
+def fedadam(w, lr, xs, ys):
+    def mean_trained(w):
+        trained = drjax.map_fn(_local_sgd, (drjax.broadcast(w), xs, ys))
+        return drjax.reduce_mean(trained)
+
+    return _fedadam(mean_trained, w, lr)
+
+
+def loss(w, x):
+    return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+
+def _corrected_sgd(w, correction, x):
+    return lax.fori_loop(
+        0, 2, lambda _, w: w - 0.1 * (jax.grad(loss)(w, x) + correction), w
+    )
+
+
+def _scaffold_plain(w, xs):
+    def step(carry, _):
+        w, own = carry
+        corrections = jnp.mean(own, 0) - own
+        trained = jax.vmap(_corrected_sgd, (None, 0, 0))(w, corrections, xs)
+        return (jnp.mean(trained, 0), (w - trained) / 0.2 - corrections), jnp.sum(w)
+
+    return lax.scan(step, (w, jnp.zeros((N, *w.shape))), None, length=3)
+
+
+@_row(_scaffold_plain, W, XS)
+def scaffold(w, xs):
+    """Placed state, the clients' control variates, is kept from round to round."""
+
+    def step(carry, _):
+        w, own = carry
+        on_clients = drjax.broadcast(w)
+        corrections = drjax.broadcast(drjax.reduce_mean(own)) - own
+        trained = drjax.map_fn(_corrected_sgd, (on_clients, corrections, xs))
+        own = (on_clients - trained) / 0.2 - corrections
+        return (drjax.reduce_mean(trained), own), jnp.sum(w)
+
+    zeros = drjax.broadcast(jnp.zeros_like(w))
+    return lax.scan(step, (w, zeros), None, length=3)
+
+
+def _local_adamw(w, state, x, y):
+    def step(carry, row):
+        w, state = carry
+        x, y = row
+        grad = jax.grad(lambda w: (jnp.tanh(x @ w) - y) ** 2)(w)
+        state, update = _adam(state, grad)
+        return (w - 0.1 * (update + 0.1 * w), state), None
+
+    return lax.scan(step, (w, state), (x, y))[0]
+
+
+def _nesterov(w, momentum, delta):
+    momentum = 0.9 * momentum + delta
+    return w - 0.7 * (delta + 0.9 * momentum), momentum
+
+
+def _diloco_plain(w, xs, ys):
+    def step(carry, _):
+        w, momentum, inner = carry
+        train = jax.vmap(_local_adamw, (None, 0, 0, 0))
+        trained, inner = train(w, inner, xs, ys)
+        return (*_nesterov(w, momentum, w - jnp.mean(trained, 0)), inner), None
+
+    inner = jnp.zeros((N, 3)), jnp.zeros((N, 3)), jnp.zeros(N, int)
+    return lax.scan(step, (w, jnp.zeros(3), inner), None, length=2)[0]
+
+
+@_row(_diloco_plain, V, XS, YS)
+def diloco(w, xs, ys):
+    """Each replica keeps the state of its own optimizer."""
+
+    def step(carry, _):
+        w, momentum, inner = carry
+        args = drjax.broadcast(w), inner, xs, ys
+        trained, inner = drjax.map_fn(_local_adamw, args)
+        delta = w - drjax.reduce_mean(trained)
+        return (*_nesterov(w, momentum, delta), inner), None
+
+    inner = drjax.broadcast(_adam_state(w))
+    return lax.scan(step, (w, jnp.zeros(3), inner), None, length=2)[0]
+
+
+def _early_stopping(mean_loss, w):
+    def step(w, _):
+        mean, grad = jax.value_and_grad(mean_loss)(w)
+        return lax.cond(mean > 0.6, lambda: w - 2 * grad, lambda: w), mean
+
+    return lax.scan(step, w, None, length=4)
+
+
+@_row(
+    lambda w, xs: _early_stopping(
+        lambda w: jnp.mean(jax.vmap(loss, (None, 0))(w, xs)), w
+    ),
+    W,
+    XS,
+)
+def early_stopping(w, xs):
+    def mean_loss(w):
+        return drjax.reduce_mean(drjax.map_fn(loss, (drjax.broadcast(w), xs)))
+
+    return _early_stopping(mean_loss, w)
+
+
+#
+# Other algorithms.
+#
+def _loss_after_adapting(w, x, y):
+    def loss(w, x, y):
+        return jnp.mean((x @ w - y) ** 2)
+
+    adapted = w - 0.3 * jax.grad(loss)(w, x[:2], y[:2])
+    return loss(adapted, x[2:], y[2:])
+
+
+@_row(
+    lambda w, xs, ys: (
+        w
+        - jnp.mean(jax.vmap(jax.grad(_loss_after_adapting), (None, 0, 0))(w, xs, ys), 0)
+    ),
+    V,
+    XS,
+    YS,
+)
+def maml(w, xs, ys):
+    args = drjax.broadcast(w), xs, ys
+    return w - drjax.reduce_mean(drjax.map_fn(jax.grad(_loss_after_adapting), args))
+
+
+def _assign(centers, x):
+    distances = jnp.sum((x[:, None] - centers) ** 2, -1)
+    one_hot = jax.nn.one_hot(jnp.argmin(distances, -1), len(centers))
+    return one_hot.T @ x, jnp.sum(one_hot, 0), jnp.sum(jnp.min(distances, -1))
+
+
+def _k_means(sums, w):
+    centers = jnp.stack([w[:, 0], w[:, 1], w[:, 0] + 100])  # The last one gets none.
+    totals, counts, distance = sums(centers)
+    means = totals / jnp.maximum(counts, 1)[:, None]
+    return jnp.where(counts[:, None] > 0, means, centers), distance
+
+
+def _k_means_plain(w, xs):
+    def sums(centers):
+        sums = jax.vmap(_assign, (None, 0))(centers, xs)
+        return jax.tree.map(lambda x: jnp.sum(x, 0), sums)
+
+    return _k_means(sums, w)
+
+
+@_row(_k_means_plain, W, XS)
+def k_means(w, xs):
+    def sums(centers):
+        return drjax.reduce_sum(drjax.map_fn(lambda x: _assign(centers, x), xs))
+
+    return _k_means(sums, w)
+
+
+#
+# Keys, and other types.
+#
 @_row(
     lambda w, key: jnp.mean(
         jax.vmap(lambda k: w * jax.random.normal(k, w.shape))(jax.random.split(key, N)),
@@ -322,6 +522,24 @@ def key_for_each_client(w, key):
 
 
 @_row(
+    lambda w, key: jnp.mean(
+        jax.vmap(lambda i: w * jax.random.normal(jax.random.fold_in(key, i), w.shape))(
+            jnp.arange(N)
+        ),
+        0,
+    ),
+    W,
+    jax.random.key(7),
+)
+def key_folded_by_each_client(w, key):
+    def noisy(key, i):
+        return w * jax.random.normal(jax.random.fold_in(key, i), w.shape)
+
+    args = drjax.broadcast(key), drjax.placement_index()
+    return drjax.reduce_mean(drjax.map_fn(noisy, args))
+
+
+@_row(
     lambda x, i: (jnp.sum(x * i, 0), jnp.sum(i), jnp.sum(i > 2), jnp.sum(i > 2)),
     _normal(5, N),
     jnp.arange(N),
@@ -329,6 +547,27 @@ def key_for_each_client(w, key):
 def integers_and_bools(x, i):
     scaled, counts, large = drjax.map_fn(lambda x, i: (x * i, i, i > 2), (x, i))
     return (*drjax.reduce_sum((scaled, counts, large)), jnp.sum(large))
+
+
+def _count_large(x):
+    large = x > 1
+    count = jnp.sum(large)
+    return jnp.sum(jnp.where(large, x, 0) ** 2), count, count > 2, jnp.all(x < 2)
+
+
+def _counts_and_flags_plain(xs):
+    x, count, any_large, all_small = jax.vmap(_count_large)(xs)
+    mean = jnp.average(x, weights=count)
+    return mean, jnp.max(count), jnp.min(count), jnp.any(any_large), jnp.all(all_small)
+
+
+@_row(_counts_and_flags_plain, XS)
+def counts_and_flags(xs):
+    x, count, any_large, all_small = drjax.map_fn(_count_large, xs)
+    most, any_large = drjax.reduce_max((count, any_large))
+    least, all_small = drjax.reduce_min((count, all_small))
+    mean = drjax.reduce_weighted_mean(x, count)
+    return mean, most, least, any_large, all_small
 
 
 @_row(

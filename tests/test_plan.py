@@ -7,7 +7,20 @@ import pytest
 from engines import ENGINE
 from helpers import assert_close, every, gradient, of_floats
 from jax import lax
-from programs import PROGRAMS, XS, M, N, Program, W, program
+from programs import (
+    PROGRAMS,
+    XS,
+    M,
+    N,
+    Program,
+    W,
+    early_stopping,
+    k_means,
+    loss,
+    program,
+    scaffold,
+    while_around,
+)
 
 import drjax
 from drjax.plan import Branch, MapReduce, Scan, Server, While
@@ -99,10 +112,6 @@ def check_stages(plan):
 #
 # Algorithms, and the communication that each needs.
 #
-def loss(w, x):
-    return jnp.mean(jnp.tanh(x @ w) ** 2)
-
-
 @program
 def fedavg(w, xs):
     def train(w, x):
@@ -119,59 +128,11 @@ def loss_after_fedavg(w, xs):
 
 
 @program
-def scaffold(w, xs):
-    """Placed state, the clients' corrections, is kept from round to round."""
-
-    def step(carry, _):
-        w, corrections = carry
-        mean = drjax.reduce_mean(corrections)
-        grads = drjax.map_fn(jax.grad(loss), (drjax.broadcast(w), xs))
-        update = grads - corrections + drjax.broadcast(mean)
-        return (w - 0.1 * drjax.reduce_mean(update), grads), jnp.sum(w)
-
-    zeros = drjax.broadcast(jnp.zeros_like(w))
-    return lax.scan(step, (w, zeros), None, length=3)
-
-
-@program
-def power_iteration(w, xs):
-    def body(carry):
-        v, _, i = carry
-        new = drjax.reduce_sum(drjax.map_fn(lambda x: x.T @ (x @ v), xs))
-        new /= jnp.linalg.norm(new)
-        return new, jnp.linalg.norm(new - v), i + 1
-
-    start = jnp.ones(3) / 3**0.5, jnp.float32(1), 0
-    return lax.while_loop(lambda c: (c[1] > 1e-4) & (c[2] < 50), body, start)
-
-
-@program
-def early_stopping(w, xs):
-    def step(w, _):
-        total = drjax.reduce_mean(drjax.map_fn(lambda x: loss(w, x), xs))
-        return lax.cond(total > 0.2, lambda: fedavg(w, xs), lambda: w), total
-
-    return lax.scan(step, w, None, length=4)
-
-
-@program
 def softmax_over_the_clients(w, xs):
     logits = drjax.map_fn(jnp.sum, xs)
     shifted = logits - drjax.broadcast(drjax.reduce_max(logits))
     weights = jnp.exp(shifted) / drjax.broadcast(drjax.reduce_sum(jnp.exp(shifted)))
     return drjax.reduce_sum(weights[:, None, None] * xs)
-
-
-@program
-def k_means(w, xs):
-    def assign(x):
-        nearest = jnp.argmin(jnp.sum((x[:, None] - centers) ** 2, -1), -1)
-        one_hot = jax.nn.one_hot(nearest, len(centers))
-        return one_hot.T @ x, jnp.sum(one_hot, 0)
-
-    centers = jnp.stack([w[:, 0], w[:, 1], w[:, 0] + 1e3])  # The last one gets none.
-    totals, counts = drjax.reduce_sum(drjax.map_fn(assign, xs))
-    return jnp.where(counts[:, None] > 0, totals / counts[:, None], centers)
 
 
 @program
@@ -195,7 +156,7 @@ ALGORITHMS = {  # And how many rounds each is, those in loops left out.
     fedavg: 1,
     loss_after_fedavg: 2,
     scaffold: 1,  # To begin with, the clients are sent zeros.
-    power_iteration: 0,
+    while_around: 0,
     early_stopping: 0,
     softmax_over_the_clients: 3,
     k_means: 1,
