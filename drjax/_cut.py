@@ -25,11 +25,13 @@ from drjax._map import map_p
 from drjax._placed import (
     OF_PLACEMENT,
     Facts,
+    PlanError,
     communicates,
     is_repeated,
-    operand_bounds,
+    name,
 )
 from drjax._primitives import broadcast_p, placement_size_p
+from drjax._straighten import operand_bounds
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
 
@@ -278,6 +280,12 @@ class Cutter:
             )
         elif eqn.primitive.name == "while":
             a, b = operand_bounds(eqn)
+            if eqn.params["cond_jaxpr"].out_avals[0].shape:
+                raise PlanError(
+                    f"drjax.make_plan: {name(eqn)} is a loop of each of several with "
+                    "arithmetic that combines the elements. Combine them with "
+                    "drjax.reduce_*."
+                )
             stage = While(
                 predicate=plans[0],
                 body=plans[1],

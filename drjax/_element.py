@@ -12,7 +12,8 @@ from jax import lax
 from drjax import _primitives, _rules
 from drjax._jaxprs import as_fun, is_in, is_var
 from drjax._map import map_p
-from drjax._placed import REDUCTIONS, Facts, is_repeated, operand_bounds
+from drjax._placed import REDUCTIONS, Facts, is_repeated
+from drjax._straighten import operand_bounds, while_any
 
 
 class Element:
@@ -125,11 +126,16 @@ def _flow_of_one(facts, i, index, xs):
         return lax.switch(jnp.int32(xs[0]), branches, *xs[1:])
     a, b = operand_bounds(eqn)
     if eqn.primitive.name == "while":
-        return lax.while_loop(
-            lambda carry: _of_element(inner[0], index, [*xs[:a], *carry])[0],
-            lambda carry: _of_element(inner[1], index, [*xs[a:b], *carry]),
-            xs[b:],
-        )
+
+        def predicate(carry):
+            return _of_element(inner[0], index, [*xs[:a], *carry])[0]
+
+        def body(carry):
+            return _of_element(inner[1], index, [*xs[a:b], *carry])
+
+        if eqn.params["cond_jaxpr"].out_avals[0].shape:
+            return while_any(predicate, body, xs[b:])
+        return lax.while_loop(predicate, body, xs[b:])
 
     def step(carry, x):
         outs = _of_element(inner[0], index, [*xs[:a], *carry, *x])

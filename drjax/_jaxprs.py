@@ -153,11 +153,19 @@ def is_in(atom: Any, variables: Any) -> bool:
 
 def equations(jaxpr: Any, primitive_name: str) -> Iterator[Any]:
     """The equations of that name in a jaxpr and those inside it."""
+    return (eqn for eqn in _all(jaxpr) if eqn.primitive.name == primitive_name)
+
+
+def names(jaxpr: Any) -> set[str]:
+    """The names of the primitives in a jaxpr and in those inside it."""
+    return {eqn.primitive.name for eqn in _all(jaxpr)}
+
+
+def _all(jaxpr: Any) -> Iterator[Any]:
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if eqn.primitive.name == primitive_name:
-            yield eqn
+        yield eqn
         for inner in jaxprs_in_params(eqn.params):
-            yield from equations(inner, primitive_name)
+            yield from _all(inner)
 
 
 def cached_by_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:

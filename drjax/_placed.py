@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from jax.extend import source_info_util
 from jax.extend.core import Var
 
-from drjax import _compat, _primitives, _rules
+from drjax import _primitives, _rules
 from drjax._jaxprs import equations, is_in, is_var, pick
 from drjax._map import map_p
-from drjax._straighten import Straight, straighten
+from drjax._straighten import Straight, operand_bounds, straighten
 from drjax.plan import At
 
 REDUCTIONS = {
@@ -202,19 +202,6 @@ class Port(NamedTuple):
     operands: list[tuple[int, int]]
     results: list[tuple[int, int]]
     carries: list[tuple[int, int]]  # Operands and results in which a carry is.
-
-
-def operand_bounds(eqn: Any) -> tuple[int, int]:
-    """Where a loop's operands are divided.
-
-    Constants, carry and slices of a scan; constants of the predicate, constants of the
-    body, and carry of a while.
-    """
-    if eqn.primitive.name == "scan":
-        first, second = _compat.scan_counts(eqn)
-    else:
-        first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    return first, first + second
 
 
 def _ports_of_scan(eqn):

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import Var, gensym
+from jax.extend.core import Var, gensym, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
+from drjax import _compat
 from drjax._compat import ClosedJaxpr
-from drjax._jaxprs import is_var
+from drjax._jaxprs import is_var, names, trace
 
 _CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"),
@@ -56,6 +59,63 @@ def without_shardings(jaxpr: Any) -> Any:
     return ClosedJaxpr(new, consts) if hasattr(jaxpr, "consts") else new
 
 
+def operand_bounds(eqn: Any) -> tuple[int, int]:
+    """Where a loop's operands are divided.
+
+    Constants, carry and slices of a scan; constants of the predicate, constants of the
+    body, and carry of a while.
+    """
+    if eqn.primitive.name == "scan":
+        first, second = _compat.scan_counts(eqn)
+    else:
+        first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    return first, first + second
+
+
+def while_any(predicate: Any, body: Any, init: list[Any]) -> list[Any]:
+    """A while loop of which the predicate may be an array, as in the vmap of one.
+
+    It goes on while any entry holds; what belongs to the others stays as it is.
+    """
+
+    def select(goes_on, new, old):
+        shape = goes_on.shape + (1,) * (new.ndim - goes_on.ndim)
+        return jnp.where(goes_on.reshape(shape), new, old)
+
+    def step(carry):
+        goes_on, old = carry
+        kept = [select(goes_on, *pair) for pair in zip(body(old), old, strict=True)]
+        return predicate(kept), kept
+
+    init = [*map(jnp.asarray, init)]
+    return lax.while_loop(lambda c: jnp.any(c[0]), step, (predicate(init), init))[1]
+
+
+def _is_batched_loop(eqn: Any) -> bool:
+    """Whether this is a while loop with operators, and with several predicates."""
+    if eqn.primitive.name != "while" or not eqn.params["cond_jaxpr"].out_avals[0].shape:
+        return False
+    inside = names(eqn.params["cond_jaxpr"]) | names(eqn.params["body_jaxpr"])
+    return any(name.startswith("drjax_") for name in inside)
+
+
+def _with_one_predicate(eqn: Any, info: Any) -> ClosedJaxpr:
+    a, b = operand_bounds(eqn)
+    predicate = jaxpr_as_fun(eqn.params["cond_jaxpr"])
+    body = jaxpr_as_fun(eqn.params["body_jaxpr"])
+
+    def run(*args):
+        return while_any(
+            lambda carry: predicate(*args[:a], *carry)[0],
+            lambda carry: body(*args[a:b], *carry),
+            [*args[b:]],
+        )
+
+    jaxpr, consts = trace(run, [v.aval for v in eqn.invars], info)
+    assert not consts, consts
+    return jaxpr
+
+
 def straighten(jaxpr: Any) -> Straight:
     """Inlines the calls in a jaxpr, and drops what no result needs."""
     newvar = gensym()
@@ -80,7 +140,10 @@ def straighten(jaxpr: Any) -> Straight:
             known = source is None or source_info_util.summarize(eqn.source_info)
             own_source = eqn.source_info if known else source
             called = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-            if eqn.primitive.name in _CALLS and called is not None:
+            if _is_batched_loop(eqn):
+                called = _with_one_predicate(eqn, info)
+                outs = inline(called, operands, own_source)
+            elif eqn.primitive.name in _CALLS and called is not None:
                 outs = inline(called, operands, own_source)
             else:
                 outs = [newvar(v.aval) for v in eqn.outvars]
@@ -91,6 +154,7 @@ def straighten(jaxpr: Any) -> Straight:
         return [read(v) for v in inner.outvars]
 
     template = getattr(jaxpr, "jaxpr", jaxpr)
+    info = template.debug_info.with_unknown_names()
     invars = [newvar(v.aval) for v in template.invars]
     outvars = inline(jaxpr, invars, None)
     return Straight(invars, outvars, _live(eqns, outvars), constants, template)

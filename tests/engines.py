@@ -56,7 +56,8 @@ ENGINES = {
     "recomputed": lambda plan, *args: drjax.run_plan(plan.recomputed(), *args),
     "in chunks": in_chunks,
 }
-SLOW = {"in chunks"}  # It compiles each round.
+# One differs in derivatives only, the other compiles each round.
+SLOW = {"recomputed", "in chunks"}
 ENGINE = pytest.mark.parametrize(
     "run",
     [

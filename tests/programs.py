@@ -29,6 +29,7 @@ class Program:
     forward: bool = True  # It has a forward-mode derivative,
     reverse: bool = True  # a reverse-mode one,
     second: bool = True  # and a second one in mixed modes.
+    large: bool = False  # It takes long: some transformations of it are slow tests.
     communication: tuple[str, ...] | None = None  # Its operators, where it is short.
 
     def __str__(self) -> str:
@@ -341,7 +342,7 @@ def _fedadam_plain(w, lr, xs, ys):
     return _fedadam(mean_trained, w, lr)
 
 
-@_row(_fedadam_plain, V, 0.5, XS, YS)
+@_row(_fedadam_plain, V, 0.5, XS, YS, large=True)
 def fedadam(w, lr, xs, ys):
     def mean_trained(w):
         trained = drjax.map_fn(_local_sgd, (drjax.broadcast(w), xs, ys))
@@ -370,7 +371,7 @@ def _scaffold_plain(w, xs):
     return lax.scan(step, (w, jnp.zeros((N, *w.shape))), None, length=3)
 
 
-@_row(_scaffold_plain, W, XS)
+@_row(_scaffold_plain, W, XS, large=True)
 def scaffold(w, xs):
     """Placed state, the clients' control variates, is kept from round to round."""
 
@@ -413,7 +414,7 @@ def _diloco_plain(w, xs, ys):
     return lax.scan(step, (w, jnp.zeros(3), inner), None, length=2)[0]
 
 
-@_row(_diloco_plain, V, XS, YS)
+@_row(_diloco_plain, V, XS, YS, large=True)
 def diloco(w, xs, ys):
     """Each replica keeps the state of its own optimizer."""
 
@@ -442,6 +443,7 @@ def _early_stopping(mean_loss, w):
     ),
     W,
     XS,
+    large=True,
 )
 def early_stopping(w, xs):
     def mean_loss(w):
@@ -469,6 +471,7 @@ def _loss_after_adapting(w, x, y):
     V,
     XS,
     YS,
+    large=True,
 )
 def maml(w, xs, ys):
     args = drjax.broadcast(w), xs, ys
@@ -496,7 +499,7 @@ def _k_means_plain(w, xs):
     return _k_means(sums, w)
 
 
-@_row(_k_means_plain, W, XS)
+@_row(_k_means_plain, W, XS, large=True)
 def k_means(w, xs):
     def sums(centers):
         return drjax.reduce_sum(drjax.map_fn(lambda x: _assign(centers, x), xs))
@@ -530,6 +533,7 @@ def key_for_each_client(w, key):
     ),
     W,
     jax.random.key(7),
+    large=True,
 )
 def key_folded_by_each_client(w, key):
     def noisy(key, i):

@@ -230,6 +230,29 @@ def test_the_axis_of_a_single_element_is_not_repeated():
         drjax.make_plan(fn)(jnp.ones((1, 2)))
 
 
+@ENGINE
+def test_loops_in_a_batch_stop_one_by_one(run):
+    @program
+    def with_operators(x):
+        def body(v):
+            return v + drjax.reduce_sum(x)
+
+        return lax.while_loop(lambda v: v < 30, body, jnp.float32(0))
+
+    @program
+    def without(x):
+        y = drjax.map_fn(lambda v: v[0], x)
+        return jax.vmap(lambda v: lax.while_loop(lambda v: v < 9, lambda v: 2 * v, v))(
+            y
+        )
+
+    x = jnp.arange(1.0, 2 * N + 1).reshape(2, N)
+    for fn, x in ((jax.vmap(with_operators), x), (without, x.T)):
+        plan = drjax.make_plan(fn)(x)
+        check_stages(plan)
+        assert_close(run(plan, x), jax.jit(fn)(x))
+
+
 #
 # What cannot be cut, and what is said about it.
 #

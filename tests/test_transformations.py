@@ -82,6 +82,16 @@ TRANSFORMATIONS = {
 
 # With `sent` bodies these repeat much of what they do with `closed_over` ones.
 SLOW = {"checkpoint_all", "gradient_of_first", "jacfwd", "jacrev", "linearize", "scan"}
+SLOW_IF_LARGE = {
+    *("checkpoint", "eager_gradient", "gradient_of_gradient", "hessian_vector"),
+    "vmap_of_gradient",
+}
+
+
+def is_slow(name, case):
+    if case.large:
+        return name in SLOW | SLOW_IF_LARGE
+    return name in SLOW and case.name.endswith("_sent")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +101,7 @@ SLOW = {"checkpoint_all", "gradient_of_first", "jacfwd", "jacrev", "linearize", 
             name,
             case,
             id=f"{name}-{case}",
-            marks=[pytest.mark.slow] * (name in SLOW and case.name.endswith("_sent")),
+            marks=[pytest.mark.slow] * is_slow(name, case),
         )
         for name, (cases, _) in TRANSFORMATIONS.items()
         for case in cases
