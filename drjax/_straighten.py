@@ -42,7 +42,8 @@ def without_shardings(jaxpr: Any) -> Any:
 
     def param(value):
         if isinstance(value, tuple) and any(hasattr(x, "eqns") for x in value):
-            return tuple(map(param, value))
+            values = map(param, value)
+            return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
         if isinstance(value, NamedSharding):
             return None
         return without_shardings(value) if hasattr(value, "eqns") else value

@@ -56,8 +56,8 @@ def cases():
                 "gradient of gradient": case.second,
             }
             if possible.get(name, True):
-                slow = name in ("gradient of gradient", "vmap")
-                marks = [pytest.mark.slow] if slow else []
+                slow = case.large or name in ("gradient of gradient", "vmap")
+                marks = [pytest.mark.slow] if slow and name != "itself" else []
                 yield pytest.param(name, case, marks=marks, id=f"{name}-{case}")
 
 
@@ -247,10 +247,10 @@ def test_loops_in_a_batch_stop_one_by_one(run):
         )
 
     x = jnp.arange(1.0, 2 * N + 1).reshape(2, N)
-    for fn, x in ((jax.vmap(with_operators), x), (without, x.T)):
-        plan = drjax.make_plan(fn)(x)
+    for fn, arg in ((jax.vmap(with_operators), x), (without, x.T)):
+        plan = drjax.make_plan(fn)(arg)
         check_stages(plan)
-        assert_close(run(plan, x), jax.jit(fn)(x))
+        assert_close(run(plan, arg), jax.jit(fn)(arg))
 
 
 #
