@@ -39,8 +39,8 @@ def find(eqn: Any, axes: Sequence[int | None], n: int) -> Placed | Reduced | Non
     rule = _RULES[eqn.primitive.name](eqn, tuple(axes), n)
     if isinstance(rule, Placed):
         results = zip(eqn.outvars, rule.results, strict=True)
-        if any(_shape(v)[axis] != n for v, axis in results):
-            return None  # The axis of a single element has been repeated.
+        if any(_shape(v)[axis : axis + 1] != (n,) for v, axis in results):
+            return None  # The axis is no more, or that of a single one is repeated.
     return rule
 
 
@@ -131,12 +131,19 @@ def _broadcast_in_dim(eqn, axes, n):
 
 @_rule("reshape")
 def _reshape(eqn, axes, n):
-    axis, old, new = _only(axes), _shape(eqn.invars[0]), eqn.params["new_sizes"]
-    before = math.prod(old[:axis])
-    for i, size in enumerate(new):
-        if size == n and math.prod(new[:i]) == before:
-            return Placed(axes, (i,), _with_size(eqn, "new_sizes", i))
-    return None  # It merges or splits the axis.
+    old, new = _shape(eqn.invars[0]), eqn.params["new_sizes"]
+    order = eqn.params["dimensions"] or range(len(old))  # It may transpose, too.
+    before = [old[d] for d in order[: tuple(order).index(_only(axes))]]
+    places = [
+        i
+        for i, size in enumerate(new)
+        if size == n and math.prod(new[:i]) == math.prod(before)
+    ]
+    if not places:
+        return None  # It merges or splits the axis.
+    # For a single element, another axis of size 1 would do, too.
+    axis = max(places, key=lambda i: list(new[:i]) == before)
+    return Placed(axes, (axis,), _with_size(eqn, "new_sizes", axis))
 
 
 @_rule("squeeze")
