@@ -20,7 +20,7 @@ from jax.extend.core import Var, mapped_aval
 
 from drjax._compat import ClosedJaxpr
 from drjax._element import Element
-from drjax._jaxprs import is_in, is_var, trace
+from drjax._jaxprs import is_var, trace
 from drjax._map import map_p
 from drjax._placed import (
     OF_PLACEMENT,
@@ -30,8 +30,8 @@ from drjax._placed import (
     is_repeated,
     name,
 )
-from drjax._primitives import broadcast_p, placement_size_p
-from drjax._straighten import operand_bounds
+from drjax._ports import operand_bounds
+from drjax._primitives import placement_size_p
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
 
@@ -42,6 +42,7 @@ class Cutter:
         self.facts = facts
         self.invars, self.outvars, self.eqns, self.constants, _ = facts.straight
         self.at = facts.at
+        self.where = {**facts.scattered, **facts.at}
         self.producer = {v: i for i, e in enumerate(self.eqns) for v in e.outvars}
         # How many elements there are, the engine says.
         sizes = {
@@ -105,10 +106,7 @@ class Cutter:
     def _is_repeated(self, i: int) -> bool:
         """Whether an equation makes a placed value of server values, or of none."""
         eqn = self.eqns[i]
-        return any(
-            self.facts.is_placed(v) and is_repeated(eqn, self.at[v])
-            for v in eqn.outvars
-        )
+        return any(v in self.at and is_repeated(eqn, self.at[v]) for v in eqn.outvars)
 
     def plan(self, in_tree: Any = None, out_tree: Any = None) -> Plan:
         asked: dict[Any, dict[Var, None]] = {}  # By stage; ordered sets.
@@ -122,7 +120,7 @@ class Cutter:
         effects = {s for e, s in zip(self.eqns, self.stages, strict=True) if e.effects}
         last = max((r for r, _ in self.stages), default=0)
         flows = [part for _, part in self.stages if isinstance(part, int)]
-        placements = sorted({where[:2] for where in self.at.values()})
+        placements = sorted({where[:2] for where in self.where.values()})
         stages: list[Any] = []
         for r in range(last, -1, -1):
             for part in [*reversed(flows), *placements, None]:
@@ -141,7 +139,7 @@ class Cutter:
         return Plan(
             stages=tuple(reversed(stages)),
             avals=tuple(self.avals),
-            at={self.numbers[v]: where for v, where in self.at.items()},
+            at={self.numbers[v]: where for v, where in self.where.items()},
             scattered=frozenset(self._ids(self.facts.scattered)),
             inputs=self._ids(self.invars),
             constants=self.values,
@@ -193,13 +191,9 @@ class Cutter:
         uses: tuple[set[Var], set[Var]] = set(), set()
         for i in needed:
             eqn = self.eqns[i]
-            own = [True] * len(eqn.invars)
-            if eqn.primitive is map_p:
-                own = eqn.params["in_placed"]
-            elif eqn.primitive is broadcast_p:
-                own = [False]
+            own = self.facts.own_operands(i)
             for v, is_own in zip(eqn.invars, own, strict=True):
-                if is_in(v, self.at):
+                if is_var(v):
                     uses[is_own].add(v)
         return uses
 
@@ -223,8 +217,8 @@ class Cutter:
     ) -> tuple[MapReduce, list[Var]]:
         needed, reads = self._needed((r, part), wanted)
         wholes, owns = self._uses(needed)
-        server = [v for v in reads if v not in self.at or v in wholes]
-        placed = [v for v in reads if v in self.at and v in owns]
+        server = [v for v in reads if v in wholes]
+        placed = [v for v in reads if v in owns]
         outs = [v for v in wanted if v in self.at]
         sums = [v for v in wanted if v not in self.at]
         operation: dict[Any, Any] = {}
@@ -238,14 +232,14 @@ class Cutter:
             for i in needed:
                 operations = env.run(i)
                 operation.update(zip(self.eqns[i].outvars, operations, strict=True))
-            return [*map(env.read, sums), *map(env.read_own, outs)]
+            return [*map(env.read_whole, sums), *map(env.read_own, outs)]
 
         info = self.facts.straight.template.debug_info.with_unknown_names()
         placement, n = part
         avals = [
             ShapedArray((), jnp.dtype("int32")),
             *(v.aval for v in server),
-            *(mapped_aval(n, self.at[v].axis, v.aval) for v in placed),
+            *(mapped_aval(n, self.where[v].axis, v.aval) for v in placed),
         ]
         jaxpr, consts = trace(body, avals, info)
         assert not consts, consts

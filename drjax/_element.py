@@ -13,7 +13,8 @@ from drjax import _primitives, _rules
 from drjax._jaxprs import as_fun, is_in, is_var
 from drjax._map import map_p
 from drjax._placed import REDUCTIONS, Facts, is_repeated
-from drjax._straighten import operand_bounds, while_any
+from drjax._ports import operand_bounds
+from drjax._straighten import while_any
 
 
 class Element:
@@ -31,6 +32,9 @@ class Element:
         for v, x in facts.straight.constants.items():
             self.write(v, x)
 
+    def where(self, v: Any) -> Any:
+        return self.facts.at.get(v) or self.facts.scattered[v]
+
     def write(self, v: Any, x: Any) -> None:
         (self.whole if v in self.facts.scattered else self.kept)[v] = x
 
@@ -41,12 +45,12 @@ class Element:
         if not is_var(v):
             return v.val
         if v not in self.kept:
-            self.kept[v] = jnp.expand_dims(self.read_own(v), self.facts.at[v].axis)
+            self.kept[v] = jnp.expand_dims(self.read_own(v), self.where(v).axis)
         return self.kept[v]
 
     def read_own(self, v: Any) -> Any:
         if v not in self.own:
-            axis = self.facts.at[v].axis
+            axis = self.where(v).axis
             self.own[v] = (
                 lax.dynamic_index_in_dim(self.whole[v], self.index, axis, False)
                 if v in self.whole
@@ -80,7 +84,7 @@ class Element:
             return [None]
         operation = None
         if i in self.facts.flows:
-            xs = [self.read(v) for v in eqn.invars]
+            xs = self._operands(i, eqn)
             outs = _flow_of_one(self.facts, i, self.index, xs)
         else:
             outs, operation = self._arithmetic(i, eqn)
@@ -88,10 +92,14 @@ class Element:
             self.write(v, x)
         return [operation] * len(outvars)
 
+    def _operands(self, i: int, eqn: Any) -> list[Any]:
+        own = zip(eqn.invars, self.facts.own_operands(i), strict=True)
+        return [self.read(v) if is_own else self.read_whole(v) for v, is_own in own]
+
     def _arithmetic(self, i: int, eqn: Any) -> tuple[Any, str | None]:
         params, rule = eqn.params, self.facts.rules.get(i)
         where = self.facts.at.get(eqn.outvars[0])
-        operation, read = None, self.read
+        operation = None
         if isinstance(rule, _rules.Placed):
             params = rule.params(1)
         elif rule is not None:
@@ -102,10 +110,7 @@ class Element:
             if eqn.primitive.name == "iota":
                 return [jnp.full(shape, self.index, params["dtype"])], None
             params = dict(params, shape=tuple(shape))
-        else:
-            read = self.read_whole
-
-        outs = eqn.primitive.bind(*map(read, eqn.invars), **params)
+        outs = eqn.primitive.bind(*self._operands(i, eqn), **params)
         return (outs if eqn.primitive.multiple_results else [outs]), operation
 
 
@@ -116,7 +121,10 @@ def _of_element(facts: Facts, index: Any, args: Any) -> list[Any]:
         env.write(v, x)
     for i in range(len(facts.straight.eqns)):
         env.run(i)
-    return [env.read(v) for v in facts.straight.outvars]
+    return [
+        env.read(v) if k in facts.ends or is_in(v, facts.at) else env.read_whole(v)
+        for k, v in enumerate(facts.straight.outvars)
+    ]
 
 
 def _flow_of_one(facts, i, index, xs):

@@ -96,7 +96,7 @@ def make_plan(
         )
         for i, where in outputs.items():
             v = straight.outvars[i]
-            if not where and isinstance(v, Var) and facts.is_placed(v):
+            if not where and isinstance(v, Var) and v in facts.at:
                 raise PlanError(
                     f"drjax.make_plan: out_specs say that result {i} is the server's, "
                     f"but it is placed over {facts.at[v].placement!r}, as "

@@ -15,7 +15,8 @@ from jax.extend.core import Var
 from drjax import _primitives, _rules
 from drjax._jaxprs import equations, is_in, is_var, pick
 from drjax._map import map_p
-from drjax._straighten import Straight, operand_bounds, straighten
+from drjax._ports import PORTS
+from drjax._straighten import Straight, straighten
 from drjax.plan import At
 
 REDUCTIONS = {
@@ -37,15 +38,26 @@ class Facts(NamedTuple):
     """What was found out about the values of a jaxpr, and its equations by position."""
 
     straight: Straight
-    at: dict[Var, At]  # Where the elements are, of placed and of scattered values.
-    scattered: set[Var]  # Server values that are handed out to the elements.
+    at: dict[Var, At]  # Where the elements are, of what each element has a part of.
+    scattered: dict[Var, At]  # The same of server values that are handed out to them.
+    ends: frozenset[int]  # The outputs that are placed outside.
     rules: dict[int, Any]  # Of placed arithmetic.
     flows: dict[int, list["Facts"]]  # Of the jaxprs in scan, while and cond.
     why: dict[Var, str]  # What says that a value is placed.
+    origins: Callable[..., set[Any]]
 
-    def is_placed(self, v: Any) -> bool:
-        """Whether each element has a part of a value, which the server has not."""
-        return is_in(v, self.at) and v not in self.scattered
+    def own_operands(self, i: int) -> list[bool]:
+        """Which operands of an equation an element has a part of; of others, all."""
+        eqn = self.straight.eqns[i]
+        if eqn.primitive is map_p or eqn.primitive in OF_PLACEMENT:
+            return list(_operands_placed(eqn))
+        if i in self.rules:
+            return [axis is not None for axis in self.rules[i].operands]
+        own = [False] * len(eqn.invars)
+        for port, inner in zip(_ports(eqn), self.flows.get(i, []), strict=False):
+            for v, (j, _) in zip(inner.straight.invars, port.operands, strict=True):
+                own[j] |= v in inner.at
+        return own
 
 
 def find_placed(
@@ -54,6 +66,7 @@ def find_placed(
     ends: dict[int, At],
     told_by: tuple[str, str] = ("", ""),
     of_server: Collection[Var] = (),
+    carries: dict[Var, Any] | None = None,
 ) -> Facts:
     """Finds which values are placed, and where.
 
@@ -63,180 +76,247 @@ def find_placed(
       ends: what is known of its outputs, by position.
       told_by: what says the former, and what the latter, for messages.
       of_server: inputs that are known to be the server's.
+      carries: of a loop's jaxpr, the inputs that are a carry, and their next value.
     """
-    at, scattered = dict(seeds), set()
-    why = dict.fromkeys(seeds, told_by[0])  # What tells that a value is placed.
-    rules: dict[int, Any] = {}
-    flows: dict[int, list[Facts]] = {}
-    producer = {v: eqn for eqn in straight.eqns for v in eqn.outvars}
-    inner: dict[int, list[Straight]] = {}
+    finder = _Finder(straight, seeds, told_by, of_server, carries)
+    before, now = (-1, -1), (0, 0)
+    while now != before:  # Until nothing more is found.
+        before = now
+        finder.look()
+        for k, where in ends.items():
+            finder.demand(straight.outvars[k], where, told_by[1])
+        now = len(finder.at), len(finder.scattered)
+    return Facts(
+        straight=straight,
+        at=finder.at,
+        scattered=finder.scattered,
+        ends=frozenset(ends),
+        rules=finder.rules,
+        flows=finder.flows,
+        why=finder.why,
+        origins=finder.origins,
+    )
 
-    def demand(v, where, by):
-        """Settles that a value is placed, going back to where it comes from."""
-        if is_in(v, at):
-            return settle(v, where, by)
-        if not is_var(v) or v.aval.shape[where.axis : where.axis + 1] != (where.n,):
+
+class _Finder:
+    """What has been found out so far; see `Facts`."""
+
+    def __init__(self, straight, seeds, told_by, of_server, carries):
+        self.straight, self.of_server, self.carries = straight, of_server, carries
+        self.at: dict[Var, At] = dict(seeds)
+        self.scattered: dict[Var, At] = {}
+        self.why = dict.fromkeys(seeds, told_by[0])
+        self.whole: set[Var] = set()  # Sent to the elements as it is.
+        self.rules: dict[int, Any] = {}
+        self.flows: dict[int, list[Facts]] = {}
+        self.inner: dict[int, list[Straight]] = {}
+        self.inputs = {v: k for k, v in enumerate(straight.invars)}
+        self.producer = {v: i for i, e in enumerate(straight.eqns) for v in e.outvars}
+
+    def look(self) -> None:
+        """Follows what is known through all equations, in order."""
+        for i, eqn in enumerate(self.straight.eqns):
+            if eqn.primitive is map_p or eqn.primitive in OF_PLACEMENT:
+                self.operator(eqn)
+            elif eqn.primitive.name in PORTS:
+                if is_flow(eqn, self.placed):
+                    self.flow(i, eqn)
+            elif any(map(self.placed, eqn.invars)):
+                self.arithmetic(i, eqn)
+
+    def placed(self, v: Any) -> bool:
+        return is_in(v, self.at)
+
+    def settle(self, v: Any, where: At, by: str, *, scattered: bool = False) -> None:
+        """Notes that a value is placed, or handed out; PlanError if elsewhere, too."""
+        known = self.at.get(v) or self.scattered.get(v) or where
+        if known != where:
+            raise PlanError(
+                f"drjax.make_plan: a value of type {v.aval} has {_elements(known)}, as "
+                f"{self.why[v]} says, and {_elements(where)}, as {by} says. Change one "
+                "of the two, or move the axis in between."
+            )
+        (self.scattered if scattered else self.at)[v] = where
+        self.why.setdefault(v, by)
+
+    def demand(self, v: Any, where: At, by: str) -> None:
+        """Settles that elements have a part of a value, or are handed it.
+
+        If it comes from an argument, or is the same for all elements, the way back is
+        followed: they have it. What the server computes, it hands out.
+        """
+        if is_in(v, self.at) or is_in(v, self.scattered):
+            return self.settle(v, where, by, scattered=v in self.scattered)
+        if not _has_elements(v, where):
             raise PlanError(
                 f"drjax.make_plan: {by} needs {_elements(where)} of a value of type "
                 f"{v.aval}, which has not so many there."
             )
-        source = producer.get(v)
-        if source is None:
-            if v in straight.constants or v in of_server:
-                scattered.add(v)
-        elif source.primitive.name in PORTS:
-            if not is_flow(source, placed):  # Else the next look at it goes inside.
-                scattered.add(v)
-        elif not is_repeated(source, where):
-            back = _backwards(source, v, where)
-            if back is None:
-                scattered.add(v)
-            else:
-                at[v], why[v] = where, by
-                demand_operands(source, back, where)
-        at[v], why[v] = where, by
+        origins = self.origins(v, where)
+        scattered = _SERVER in origins and origins <= {_SERVER, _REPEATED}
+        self.settle(v, where, by, scattered=scattered)
+        i = self.producer.get(v)
+        if i is None or scattered:
+            return
+        eqn = self.straight.eqns[i]
+        # A loop or branch is looked into next time.
+        if eqn.primitive.name not in PORTS and not is_repeated(eqn, where):
+            rule = _backwards(eqn, v, where)
+            assert rule is not None, eqn
+            self.demand_operands(eqn, rule, where)
 
-    def settle(v, where, by):
-        if at.setdefault(v, where) != where:
-            raise PlanError(
-                f"drjax.make_plan: a value of type {v.aval} has {_elements(at[v])}, as "
-                f"{why[v]} says, and {_elements(where)}, as {by} says. Change one of "
-                "the two, or move the axis in between."
+    def origins(self, v: Any, where: At, seen: set[Any] | None = None) -> set[Any]:
+        """What a value with these elements is made of, if it is followed back.
+
+        Some of: values of the server; what is the same for all elements; placed values;
+        and inputs of which nothing is known, by position.
+        """
+        seen = set() if seen is None else seen
+        if not _has_elements(v, where) or is_in(v, self.scattered):
+            return {_SERVER}
+        if v in self.at:
+            return {_PLACED} if self.at[v] == where else {_SERVER}
+        if v in seen:
+            return set()
+        seen.add(v)
+        if v in self.inputs:
+            return self.origins_of_input(v, where, seen)
+        i = self.producer.get(v)
+        if i is None or isinstance(self.rules.get(i), _rules.Reduced):
+            return {_SERVER}
+        eqn = self.straight.eqns[i]
+        if eqn.primitive.name in PORTS:
+            return self.origins_of_flow(i, eqn, v, where, seen)
+        if is_repeated(eqn, where):
+            return {_REPEATED}
+        rule = _backwards(eqn, v, where)
+        if rule is None:
+            return {_SERVER}
+        operands = zip(eqn.invars, rule.operands, strict=True)
+        return set().union(
+            *(
+                self.origins(u, where._replace(axis=axis), seen)
+                for u, axis in operands
+                if axis is not None
             )
-        why.setdefault(v, by)
+        )
 
-    def placed(v):
-        return is_in(v, at) and v not in scattered
+    def origins_of_input(self, v: Var, where: At, seen: set[Any]) -> set[Any]:
+        if v in self.of_server:
+            return {_SERVER}
+        position = self.inputs[v]
+        if self.carries and v in self.carries:
+            if v in self.whole:
+                return {_SERVER}
+            later = self.origins(self.carries[v], where, seen) - {position}
+            # After the first time round, it is the server's.
+            return {_SERVER} if later == {_SERVER} else {position, *later}
+        return {position}
 
-    def demand_operands(eqn, rule, where):
+    def origins_of_flow(self, i, eqn, v, where, seen) -> set[Any]:
+        found: set[Any] = set()
+        result = eqn.outvars.index(v)
+        for port, facts in zip(_ports(eqn), self.flows.get(i, []), strict=False):
+            for u, (j, shift) in zip(
+                facts.straight.outvars, port.results, strict=False
+            ):
+                if j != result or where.axis < shift:
+                    continue
+                at_port = where._replace(axis=where.axis - shift)
+                for origin in facts.origins(u, at_port):
+                    if isinstance(origin, str):
+                        found.add(origin)
+                        continue
+                    j, shift = port.operands[origin]
+                    outside = where._replace(axis=at_port.axis + shift)
+                    found |= self.origins(eqn.invars[j], outside, seen)
+        return found or {_SERVER}
+
+    def demand_operands(self, eqn: Any, rule: Any, where: At) -> None:
         for v, axis in zip(eqn.invars, rule.operands, strict=True):
             if axis is not None:
-                demand(v, where._replace(axis=axis), name(eqn))
+                self.demand(v, where._replace(axis=axis), name(eqn))
 
-    def operator(eqn):
+    def operator(self, eqn: Any) -> None:
         where = At(eqn.params["placement"], eqn.params["n"], 0)
-        for v, is_placed in zip(eqn.invars, _operands_placed(eqn), strict=True):
-            if is_placed:
-                demand(v, where, name(eqn))
-            elif placed(v):
+        for v, is_own in zip(eqn.invars, _operands_placed(eqn), strict=True):
+            if is_own:
+                self.demand(v, where, name(eqn))
+            elif self.placed(v):
                 raise PlanError(
                     f"drjax.make_plan: {name(eqn)} sends every element a value that is "
-                    f"placed over {at[v].placement!r}, as {why[v]} says, whole. Each "
-                    "element has its own part of it: pass it as an argument of the "
-                    "mapped function, or reduce it first."
+                    f"placed over {self.at[v].placement!r}, as {self.why[v]} says, "
+                    "whole. Each element has its own part of it: pass it as an "
+                    "argument of the mapped function, or reduce it first."
                 )
+            elif is_var(v):
+                self.whole.add(v)
         for v in pick(eqn.outvars, _results_placed(eqn)):
-            settle(v, where, name(eqn))
+            self.settle(v, where, name(eqn))
 
-    def arithmetic(i, eqn):
-        wheres = [at.get(v) if is_var(v) else None for v in eqn.invars]
-        first = next(v for v in eqn.invars if placed(v))
-        where = at[first]
-        rules[i] = rule = rule_of(eqn, wheres, where, why[first])
-        demand_operands(eqn, rule, where)
-        scattered.difference_update(eqn.outvars)  # It was not known to be placed.
+    def arithmetic(self, i: int, eqn: Any) -> None:
+        wheres = [self.at.get(v) if is_var(v) else None for v in eqn.invars]
+        first = next(v for v in eqn.invars if self.placed(v))
+        where = self.at[first]
+        self.rules[i] = rule = rule_of(eqn, wheres, where, self.why[first])
+        self.demand_operands(eqn, rule, where)
         if isinstance(rule, _rules.Placed):
             for v, axis in zip(eqn.outvars, rule.results, strict=True):
-                settle(v, where._replace(axis=axis), name(eqn))
+                self.found(v, where._replace(axis=axis), name(eqn))
 
-    def flow(i, eqn):
+    def flow(self, i: int, eqn: Any) -> None:
         """Looks into a loop or branch, and tells both sides of each port."""
-        ports = PORTS[eqn.primitive.name](eqn)
-        if i not in inner:
-            inner[i] = [straighten(port.jaxpr) for port in ports]
-        flows[i] = []
-        scattered.difference_update(eqn.outvars)
-        for port, body in zip(ports, inner[i], strict=True):
-            inputs = {
-                body.invars[k]: _shifted(at[eqn.invars[j]], -shift, eqn)
-                for k, (j, shift) in enumerate(port.operands)
-                if is_var(eqn.invars[j]) and eqn.invars[j] in at
+        ports = _ports(eqn)
+        if i not in self.inner:
+            self.inner[i] = [straighten(port.jaxpr) for port in ports]
+        self.flows[i] = []
+        by = name(eqn)
+        for port, body in zip(ports, self.inner[i], strict=True):
+            seeds = {
+                v: _shifted(self.at[eqn.invars[j]], -shift, eqn)
+                for v, (j, shift) in zip(body.invars, port.operands, strict=True)
+                if self.placed(eqn.invars[j])
             }
-            outputs = {
-                k: _shifted(at[eqn.outvars[j]], -shift, eqn)
+            ends = {
+                k: _shifted(self.at[eqn.outvars[j]], -shift, eqn)
                 for k, (j, shift) in enumerate(port.results)
-                if eqn.outvars[j] in at
+                if self.placed(eqn.outvars[j])
             }
-            facts = find_placed(body, inputs, outputs, (name(eqn), name(eqn)))
-            flows[i].append(facts)
+            of_operand = {
+                j: v for v, (j, _) in zip(body.invars, port.operands, strict=True)
+            }
+            carries = {
+                of_operand[j]: body.outvars[k] for j, k in port.carries if port.results
+            }
+            facts = find_placed(body, seeds, ends, (by, by), (), carries)
+            self.flows[i].append(facts)
             for v, (j, shift) in zip(body.invars, port.operands, strict=True):
                 if v in facts.at:
-                    demand(eqn.invars[j], _shifted(facts.at[v], shift, eqn), name(eqn))
+                    self.demand(eqn.invars[j], _shifted(facts.at[v], shift, eqn), by)
             for v, (j, shift) in zip(body.outvars, port.results, strict=False):
-                if is_var(v) and v in facts.at:
-                    where = _shifted(facts.at[v], shift, eqn)
-                    settle(eqn.outvars[j], where, name(eqn))
+                if is_in(v, facts.at):
+                    self.found(eqn.outvars[j], _shifted(facts.at[v], shift, eqn), by)
             for j, k in port.carries:
-                if is_var(eqn.invars[j]) and eqn.invars[j] in at:
-                    settle(eqn.outvars[k], at[eqn.invars[j]], name(eqn))
-                elif eqn.outvars[k] in at:
-                    demand(eqn.invars[j], at[eqn.outvars[k]], name(eqn))
+                if self.placed(eqn.invars[j]):
+                    self.found(eqn.outvars[k], self.at[eqn.invars[j]], by)
+                elif self.placed(eqn.outvars[k]):
+                    self.demand(eqn.invars[j], self.at[eqn.outvars[k]], by)
 
-    def forward():
-        for i, eqn in enumerate(straight.eqns):
-            if eqn.primitive is map_p or eqn.primitive in OF_PLACEMENT:
-                operator(eqn)
-            elif eqn.primitive.name in PORTS:
-                if is_flow(eqn, placed):
-                    flow(i, eqn)
-            elif any(map(placed, eqn.invars)):
-                arithmetic(i, eqn)
-
-    before = None
-    while before != (len(at), len(scattered)):  # Until nothing more is found.
-        before = len(at), len(scattered)
-        forward()
-        for k, where in ends.items():
-            demand(straight.outvars[k], where, told_by[1])
-    return Facts(straight, at, scattered, rules, flows, why)
+    def found(self, v: Var, where: At, by: str) -> None:
+        """Settles that a value is placed, which may have been taken for another."""
+        self.scattered.pop(v, None)
+        self.settle(v, where, by)
 
 
-class Port(NamedTuple):
-    """How a jaxpr in a loop or branch is joined to the equation's values.
-
-    For each input of the jaxpr, and each output that is a result, the position of the
-    operand or result, and by how much an axis is further back there.
-    """
-
-    jaxpr: Any
-    operands: list[tuple[int, int]]
-    results: list[tuple[int, int]]
-    carries: list[tuple[int, int]]  # Operands and results in which a carry is.
+_SERVER, _REPEATED, _PLACED = "server", "repeated", "placed"
 
 
-def _ports_of_scan(eqn):
-    n_consts, carried = operand_bounds(eqn)
-    n_carry = carried - n_consts
-    return [
-        Port(
-            eqn.params["jaxpr"],
-            [(j, int(j >= carried)) for j in range(len(eqn.invars))],
-            [(k, int(k >= n_carry)) for k in range(len(eqn.outvars))],
-            [(n_consts + k, k) for k in range(n_carry)],
-        )
-    ]
+def _has_elements(v: Any, where: At) -> bool:
+    return is_var(v) and v.aval.shape[where.axis : where.axis + 1] == (where.n,)
 
 
-def _ports_of_while(eqn):
-    n_cond, n_consts = operand_bounds(eqn)
-    init = [(j, 0) for j in range(n_consts, len(eqn.invars))]
-    results = [(k, 0) for k in range(len(eqn.outvars))]
-    of_cond = [(j, 0) for j in range(n_cond)]
-    of_body = [(j, 0) for j in range(n_cond, n_consts)]
-    carries = [(j, k) for k, (j, _) in enumerate(init)]
-    return [
-        Port(eqn.params["cond_jaxpr"], of_cond + init, [], carries),
-        Port(eqn.params["body_jaxpr"], of_body + init, results, carries),
-    ]
-
-
-def _ports_of_cond(eqn):
-    operands = [(j, 0) for j in range(1, len(eqn.invars))]
-    results = [(k, 0) for k in range(len(eqn.outvars))]
-    return [Port(jaxpr, operands, results, []) for jaxpr in eqn.params["branches"]]
-
-
-PORTS = {"scan": _ports_of_scan, "while": _ports_of_while, "cond": _ports_of_cond}
+def _ports(eqn: Any) -> list[Any]:
+    return PORTS[eqn.primitive.name](eqn) if eqn.primitive.name in PORTS else []
 
 
 def is_flow(eqn: Any, placed: Callable[[Any], bool]) -> bool:

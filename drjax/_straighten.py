@@ -9,9 +9,9 @@ from jax.extend import source_info_util
 from jax.extend.core import Var, gensym, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
-from drjax import _compat
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import is_var, names, trace
+from drjax._ports import operand_bounds
 
 _CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"),
@@ -60,17 +60,11 @@ def without_shardings(jaxpr: Any) -> Any:
     return ClosedJaxpr(new, consts) if hasattr(jaxpr, "consts") else new
 
 
-def operand_bounds(eqn: Any) -> tuple[int, int]:
-    """Where a loop's operands are divided.
-
-    Constants, carry and slices of a scan; constants of the predicate, constants of the
-    body, and carry of a while.
-    """
-    if eqn.primitive.name == "scan":
-        first, second = _compat.scan_counts(eqn)
-    else:
-        first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    return first, first + second
+def _solving(eqn: Any, operands: list[Any]) -> tuple[Any, list[Any]]:
+    """Of a linear solve, which knows how to be differentiated, what solves it."""
+    a, b, c, d = eqn.params["const_lengths"]
+    ours = operands[a + b : a + b + c] + operands[a + b + c + d :]
+    return eqn.params["jaxprs"].solve, ours
 
 
 def while_any(predicate: Any, body: Any, init: list[Any]) -> list[Any]:
@@ -143,6 +137,9 @@ def straighten(jaxpr: Any) -> Straight:
             called = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
             if _is_batched_loop(eqn):
                 called = _with_one_predicate(eqn, info)
+                outs = inline(called, operands, own_source)
+            elif eqn.primitive.name == "custom_linear_solve":
+                called, operands = _solving(eqn, operands)
                 outs = inline(called, operands, own_source)
             elif eqn.primitive.name in _CALLS and called is not None:
                 outs = inline(called, operands, own_source)

@@ -10,7 +10,7 @@ from helpers import assert_close
 from jax import lax
 
 import drjax
-from drjax._plan import MapReduce, Server
+from drjax.plan import MapReduce, Server
 
 
 def identity(x):
