@@ -105,7 +105,7 @@ class _Finder:
         self.straight, self.of_server, self.carries = straight, of_server, carries
         self.at: dict[Var, At] = dict(seeds)
         self.scattered: dict[Var, At] = {}
-        self.why = dict.fromkeys(seeds, told_by[0])
+        self.why: dict[Any, str] = {v: told_by[0] for v in seeds}
         self.whole: set[Var] = set()  # Sent to the elements as it is.
         self.rules: dict[int, Any] = {}
         self.flows: dict[int, list[Facts]] = {}

@@ -146,10 +146,8 @@ def _bitcast(eqn, axes, n):
 
 
 # Each operand is a result. If one is placed, the plan has all of them placed.
-@_rule("optimization_barrier", "device_put")
+@_rule("optimization_barrier")
 def _each_by_itself(eqn, axes, n):
-    if any(device is not None for device in eqn.params.get("devices", ())):
-        return None  # A sharding of all elements may not fit a single one.
     new = tuple(_only(axes) if a is None else a for a in axes)
     sizes = [_shape(v)[a : a + 1] for v, a in zip(eqn.invars, new, strict=True)]
     return Placed(new, new, _same_params(eqn)) if {*sizes} == {(n,)} else None

@@ -29,6 +29,7 @@ class Value:
 
     @property
     def led(self):
+        assert self.axis is not None
         return jnp.moveaxis(self.x, self.axis, 0)
 
     def __str__(self):
@@ -159,8 +160,10 @@ ALONG = {
     "roll": lambda x, k: jnp.roll(x, 1, axis=k),
     "tile": lambda x, k: jnp.tile(x, [1 + (k == d) for d in range(x.ndim)]),
 }
-OVER = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max, "all": jnp.all}
-OVER |= {"std": lambda x, k: jnp.sqrt(jnp.var(x, k) + 0.1)}
+OVER = {
+    **{"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max, "all": jnp.all},
+    "std": lambda x, k: jnp.sqrt(jnp.var(x, k) + 0.1),
+}
 
 
 def map_(e):
@@ -342,14 +345,19 @@ def function(e):
     return Value(x, axes[-1] if axes[-1] is None else axes[-1] + (how == "vmap"))
 
 
-BASIC = {f.__name__: f for f in (reduce_, map_, keys, unary, binary, with_server)}
-BASIC |= {f.__name__: f for f in (with_constant, hand_out, transpose, expand, flatten)}
-BASIC |= {f.__name__: f for f in (along, ordered, over, over_elements, einsum)}
-BASIC["broadcast"] = lambda e: Value(drjax.broadcast(e.server().x), 0)
-BASIC["index"] = lambda e: Value(drjax.placement_index(), 0)
-BASIC["size"] = lambda e: Value(drjax.placement_size())
-STEPS = BASIC | dict(scan=scan, fori=lambda e: loop(e, True), cond=cond)
-STEPS |= {"while": loop, "function": function}
+BASIC = {
+    **{f.__name__: f for f in (reduce_, map_, keys, unary, binary, with_server)},
+    **{f.__name__: f for f in (with_constant, hand_out, transpose, expand, flatten)},
+    **{f.__name__: f for f in (along, ordered, over, over_elements, einsum)},
+    "broadcast": lambda e: Value(drjax.broadcast(e.server().x), 0),
+    "index": lambda e: Value(drjax.placement_index(), 0),
+    "size": lambda e: Value(drjax.placement_size()),
+}
+STEPS = {
+    **BASIC,
+    **dict(scan=scan, fori=lambda e: loop(e, True), cond=cond, function=function),
+    "while": loop,
+}
 MIXING = {
     "reverse": lambda x: x[::-1],
     "first": lambda x: x[0],
@@ -433,8 +441,12 @@ def checked(fn, args, specs):
 
 
 def examples(number):
-    how = dict(deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
-    return settings(max_examples=number, **how)
+    return settings(
+        max_examples=number,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[*HealthCheck],
+    )
 
 
 @examples(20)

@@ -77,7 +77,6 @@ ONE = {
         lax.bitcast_convert_type(x, t) for t in ("int32", "uint8")
     ],
     "optimization_barrier": lambda x, i, w, j: lax.optimization_barrier((x, x * 2)),
-    "device_put": lambda x, i, w, j: jax.device_put(x),
     "reshape": lambda x, i, w, j: (x.reshape(2, 1, 8), x.reshape(8, 2, order="F")),
     "concatenate": lambda x, i, w, j: jnp.concatenate([x, w, x], axis=1),
     "stack": lambda x, i, w, j: (jnp.stack([x, w, x]), jnp.stack([x, x], axis=2)),
@@ -372,7 +371,6 @@ MIXING = {
     "bitcast_convert_type": lambda x, i, w: jnp.uint8(x.T).view("uint32"),
     "optimization_barrier: scalar": lambda x, i, w: lax.optimization_barrier((x, 1.0)),
     "optimization_barrier": lambda x, i, w: lax.optimization_barrier((x, w[:2])),
-    "device_put": lambda x, i, w: jax.device_put(x, jax.devices()[0]),
 }
 OF_ONE = {
     "squeeze": lambda x: x.squeeze(0),
