@@ -101,11 +101,18 @@ def find_placed(
 class _Finder:
     """What has been found out so far; see `Facts`."""
 
-    def __init__(self, straight, seeds, told_by, of_server, carries):
+    def __init__(
+        self,
+        straight: Straight,
+        seeds: dict[Var, At],
+        told_by: tuple[str, str],
+        of_server: Collection[Var],
+        carries: dict[Var, Any] | None,
+    ):
         self.straight, self.of_server, self.carries = straight, of_server, carries
         self.at: dict[Var, At] = dict(seeds)
         self.scattered: dict[Var, At] = {}
-        self.why: dict[Any, str] = {v: told_by[0] for v in seeds}
+        self.why: dict[Any, str] = dict.fromkeys(seeds, told_by[0])
         self.whole: set[Var] = set()  # Sent to the elements as it is.
         self.rules: dict[int, Any] = {}
         self.flows: dict[int, list[Facts]] = {}

@@ -84,10 +84,13 @@ def check_stages(plan):
             case MapReduce():
                 reads = stage.server_inputs + stage.placed_inputs
                 writes = tuple(i for _, i in stage.reductions) + stage.placed_outputs
-                assert len(stage.body.in_avals) == 1 + len(reads)
-                for i, aval in zip(writes, stage.body.out_avals, strict=True):
-                    assert plan.element(i).shape == aval.shape
-                    assert plan.element(i).dtype == aval.dtype
+                types = [plan.avals[i] for _, i in stage.reductions]
+                types += map(plan.element, stage.placed_outputs)
+                body = stage.body
+                assert len(body.in_avals) == 1 + len(reads)
+                for type_, aval in zip(types, body.out_avals, strict=True):
+                    assert (type_.shape, type_.dtype) == (aval.shape, aval.dtype)
+                assert not plan.scattered & {*stage.placed_outputs}
             case Scan():
                 reads, writes = stage.constants + stage.init + stage.xs, stage.carry
                 writes += stage.ys
@@ -228,6 +231,111 @@ def test_the_axis_of_a_single_element_is_not_repeated():
 
     with pytest.raises(drjax.PlanError, match="mixes"):
         drjax.make_plan(fn)(jnp.ones((1, 2)))
+
+
+SQUARE = np.random.default_rng(0).normal(size=(N, N)).astype("float32")
+ROW = SQUARE[0]
+
+
+def sines(x):
+    return drjax.map_fn(jnp.sin, x)
+
+
+def handed_out_and_reversed(x):
+    t = jnp.tanh(drjax.reduce_sum(x))
+    return sines(x) * t[:, None], t[::-1]
+
+
+def handed_out_and_whole(x, u):
+    t = jnp.tanh(u)
+    return sines(x) * t[:, None] + drjax.map_fn(lambda row: row * jnp.sum(t), x)
+
+
+def trained_and_handed_out(x, w):
+    def step(w, _):
+        return w - 0.1 * drjax.reduce_sum(drjax.map_fn(lambda row: row * w, x)), None
+
+    return lax.scan(step, w, None, length=2)[0] * drjax.map_fn(jnp.sum, x)
+
+
+def drawn_in_a_branch(x):
+    def draw():
+        return jax.random.normal(jax.random.key(0), (N, N))
+
+    return lax.cond(drjax.placement_size() > 9, lambda: sines(x), draw)
+
+
+def sorted_in_a_loop(x):
+    return lax.fori_loop(0, 2, lambda _, c: jnp.argsort(c, axis=-1) * 1.0, sines(x))
+
+
+OF_THE_SERVER, OF_EACH = jax.sharding.PartitionSpec(), None
+HANDED_OUT = {  # Server values with a row for each element, and which are stated.
+    "a sum": (lambda x: drjax.reduce_sum(x) * drjax.map_fn(jnp.sum, x), 1),
+    "a mapped sum": (lambda x: drjax.map_fn(jnp.cos, drjax.reduce_sum(x)), 1),
+    "a summed product": (
+        lambda x: drjax.reduce_sum(
+            jnp.tanh(drjax.reduce_sum(x)) * drjax.map_fn(jnp.sum, x)
+        ),
+        1,
+    ),
+    "a sum by arithmetic": (
+        lambda x: jnp.sum(sines(x), 0) * drjax.map_fn(jnp.sum, x),
+        1,
+    ),
+    "a row and a repeated row": (
+        lambda x, u: sines(x) * jnp.broadcast_to(u, (N, N)) + u[:, None],
+        2,
+    ),
+    "a row, and all": (handed_out_and_whole, 2),
+    "a reversed one": (handed_out_and_reversed, 1),
+    "one from a loop": (trained_and_handed_out, 2),
+    "one drawn in a branch": (drawn_in_a_branch, 1),
+    "none in a loop": (sorted_in_a_loop, 1),
+}
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "vmap"])
+@pytest.mark.parametrize("name", HANDED_OUT)
+@ENGINE
+def test_what_the_server_hands_out_is_its_own(run, name, batched):
+    """Where rows and columns are as many, so that no size tells them apart."""
+    fn, count = HANDED_OUT[name]
+    args, specs = (SQUARE, ROW)[:count], (OF_EACH, OF_THE_SERVER)[:count]
+    fn = program(fn)
+    if batched:
+        fn, args = jax.vmap(fn), tuple(np.stack([x, 0.5 * x, -x]) for x in args)
+    plan = drjax.make_plan(fn, in_specs=specs)(*args)
+    check_stages(plan)
+    assert_close(run(plan, *args), jax.jit(fn)(*args))
+
+
+@ENGINE
+def test_a_linear_solve_of_each_element_is_planned(run):
+    def fn(x):
+        spd = drjax.map_fn(lambda v: v.T @ v + jnp.eye(3), x)
+        solved = jnp.linalg.solve(spd, x[:, :3])
+        return jnp.sum(solved**2), drjax.reduce_mean(jnp.linalg.inv(spd))
+
+    fn = program(fn)
+    for f in (fn, jax.grad(lambda x: fn(x)[0])):
+        assert_close(run(drjax.make_plan(f)(XS), XS), jax.jit(f)(XS))
+
+
+@ENGINE
+def test_placements_of_one_name_and_two_sizes_are_two(run):
+    def fn(x, y):
+        first = program(lambda x: drjax.reduce_mean(drjax.map_fn(jnp.sin, x)))
+        second = drjax.program(clients=M)(
+            lambda y, s: drjax.reduce_sum(drjax.map_fn(lambda v: v * s, y))
+        )
+        return second(y, first(x)), first(x) * second(y, 2.0)
+
+    x, y = jnp.arange(1.0, N + 1), jnp.arange(1.0, M + 1)
+    plan = drjax.make_plan(fn)(x, y)
+    check_stages(plan)
+    assert plan.placements == [("clients", N), ("clients", M)]
+    assert_close(run(plan, x, y), jax.jit(fn)(x, y))
 
 
 @ENGINE

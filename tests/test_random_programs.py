@@ -445,7 +445,7 @@ def examples(number):
         max_examples=number,
         deadline=None,
         derandomize=True,
-        suppress_health_check=[*HealthCheck],
+        suppress_health_check=tuple(HealthCheck),  # pyright: ignore
     )
 
 
