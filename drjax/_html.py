@@ -9,7 +9,7 @@ from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
 _STYLE = """
 .drjax-plan { font: 14px/1.4 system-ui, sans-serif; max-width: 60em; }
-.drjax-plan .row { display: grid; grid-template-columns: 13em 1fr 15em; }
+.drjax-plan .row { display: grid; grid-template-columns: 15em 1fr 16em; }
 .drjax-plan .lane { display: flex; justify-content: center; align-items: center;
   background: linear-gradient(#8886 0 0) center / 2px 100% no-repeat; }
 .drjax-plan .card { border: 1px solid #8888; border-radius: 6px; padding: .5em .8em;
@@ -30,7 +30,7 @@ _STYLE = """
   margin: .5em 0; }
 .drjax-plan h4 { margin: .3em 0; font-size: 1em; }
 .drjax-plan small { display: block; opacity: .85; }
-.drjax-plan summary { font-size: 13px; white-space: nowrap; }
+.drjax-plan summary { font-size: 12.5px; }
 .drjax-plan pre { font-size: 11px; overflow: auto; max-height: 30em; }
 """
 
