@@ -1,10 +1,12 @@
 """A plan computes what the program does, in few rounds, on every engine."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import ENGINE
+from engines import ENGINE, ENGINES, SLOW
 from helpers import assert_close, every, gradient, of_floats
 from jax import lax
 from programs import (
@@ -48,21 +50,29 @@ TRANSFORMATIONS = {
 
 
 def cases():
-    for case in PROGRAMS:
-        for name in TRANSFORMATIONS:
-            possible = {
-                "jvp": case.forward,
-                "gradient": case.reverse,
-                "gradient of gradient": case.second,
-            }
-            if possible.get(name, True):
-                slow = case.large or name in ("gradient of gradient", "vmap")
-                marks = [pytest.mark.slow] if slow and name != "itself" else []
-                yield pytest.param(name, case, marks=marks, id=f"{name}-{case}")
+    for engine, case, name in itertools.product(ENGINES, PROGRAMS, TRANSFORMATIONS):
+        possible = {
+            "jvp": case.forward,
+            "gradient": case.reverse,
+            "gradient of gradient": case.second,
+        }
+        if not possible.get(name, True):
+            continue
+        if engine in SLOW and name not in ("itself", "gradient", "scan"):
+            continue
+        slow = (
+            engine in SLOW
+            or name in ("gradient of gradient", "vmap")
+            or (case.large and name != "itself")
+        )
+        yield pytest.param(
+            *(ENGINES[engine], name, case),
+            marks=[pytest.mark.slow] * slow,
+            id=f"{engine}-{name}-{case}",
+        )
 
 
-@pytest.mark.parametrize("name, case", [*cases()])
-@ENGINE
+@pytest.mark.parametrize("run, name, case", [*cases()])
 def test_a_plan_computes_what_the_program_does(run, name, case: Program):
     fn, xs = of_floats(case.run, case.args)
     fn = TRANSFORMATIONS[name](fn, xs)
