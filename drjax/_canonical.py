@@ -25,18 +25,18 @@ def digest(plan: Plan) -> str:
     return hashlib.sha256(repr(canonical(plan)).encode()).hexdigest()
 
 
-def canonical(plan: Plan, free: str | None = None) -> Any:
-    """A plan as nested tuples; the number of elements of placement `free` left out."""
+def canonical(plan: Plan, free: tuple[str, int] | None = None) -> Any:
+    """A plan as nested tuples; with placement `free`, name and size, of any size."""
 
     def place(where: At) -> Any:
-        return where._replace(n=0) if where.placement == free else where
+        return where._replace(n=0) if where[:2] == free else where
 
     def aval(i: int) -> Any:
-        is_free = i in plan.at and plan.at[i].placement == free
+        is_free = i in plan.at and plan.at[i][:2] == free
         return _type(plan.element(i) if is_free else plan.avals[i])
 
     def stage(s: Any) -> Any:
-        if isinstance(s, MapReduce) and s.placement == free:
+        if isinstance(s, MapReduce) and (s.placement, s.n) == free:
             s = dataclasses.replace(s, n=0)
         values = [getattr(s, field.name) for field in dataclasses.fields(s)]
         return type(s).__name__, *map(value, values)
@@ -128,7 +128,21 @@ def _value(x: Any) -> Any:
     if isinstance(x, functools.partial):
         return "partial", _value(x.func), _value(x.args), _value(x.keywords)
     if callable(x) and hasattr(x, "__qualname__"):  # A callback, or a type.
-        code = getattr(x, "__code__", None)
-        return x.__module__, x.__qualname__, code and code.co_firstlineno
+        return _function(x), *map(_function, _closed_over(x))
     text = repr(x)
-    return type(x).__name__, "" if " at 0x" in text else text
+    if " at 0x" in text:  # An object of Python: by what it holds.
+        names = (*getattr(type(x), "__slots__", ()), *getattr(x, "__dict__", ()))
+        held = {k: getattr(x, k) for k in names if not k.startswith("__")}
+        return type(x).__name__, _value(held)
+    return type(x).__name__, text
+
+
+def _function(x: Any) -> Any:
+    code = getattr(x, "__code__", None)
+    return x.__module__, x.__qualname__, code and code.co_firstlineno
+
+
+def _closed_over(x: Any) -> list[Any]:
+    """The functions that a function closes over: JAX wraps a callback in its own."""
+    cells = [cell.cell_contents for cell in getattr(x, "__closure__", None) or ()]
+    return [held for held in cells if hasattr(held, "__code__")]

@@ -34,6 +34,8 @@ from drjax._ports import operand_bounds
 from drjax._primitives import placement_size_p
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
+_OF_LITERALS = {"broadcast_in_dim", "convert_element_type", "iota"}
+
 
 class Cutter:
     """Builds the stages of one plan."""
@@ -44,6 +46,8 @@ class Cutter:
         self.at = facts.at
         self.where = {**facts.scattered, **facts.at}
         self.producer = {v: i for i, e in enumerate(self.eqns) for v in e.outvars}
+        self.used = set(filter(is_var, self.outvars))
+        self.used.update(v for e in self.eqns for v in filter(is_var, e.invars))
         # How many elements there are, the engine says.
         sizes = {
             eqn.outvars[0]: (eqn.params["placement"], eqn.params["n"])
@@ -55,9 +59,14 @@ class Cutter:
         # Of each equation the round, and what it is part of there: the work over a
         # placement (name and size), a loop or branch (position), the server's (None).
         self.stages: list[tuple[int, Any]] = []
+        after_effects = 0
         for i, eqn in enumerate(self.eqns):
-            ready = map(self._ready, filter(is_var, eqn.invars))
-            self.stages.append((max(ready, default=0), self._part(i, eqn)))
+            part = self._part(i, eqn)
+            r = max(map(self._ready, filter(is_var, eqn.invars)), default=0)
+            if eqn.effects and not isinstance(part, tuple):  # The server's, in order.
+                r = max(r, after_effects)
+                after_effects = r + isinstance(part, int)
+            self.stages.append((r, part))
         self._delay_server_work()
         # Of variables, and of literals where a stage needs one.
         self.numbers: dict[Any, int] = {}
@@ -72,7 +81,7 @@ class Cutter:
         if eqn.primitive is map_p or eqn.primitive in OF_PLACEMENT:
             return eqn.params["placement"], eqn.params["n"]
         if inner := self.facts.flows.get(i):
-            placed = all(v in self.at for v in eqn.outvars)
+            placed = all(v in self.at for v in eqn.outvars if v in self.used)
             if not placed or any(map(communicates, inner)):
                 return i
         elif i not in self.facts.rules and not self._is_repeated(i):
@@ -107,6 +116,13 @@ class Cutter:
         """Whether an equation makes a placed value of server values, or of none."""
         eqn = self.eqns[i]
         return any(v in self.at and is_repeated(eqn, self.at[v]) for v in eqn.outvars)
+
+    def _is_literal(self, i: int | None) -> bool:
+        """Whether an equation only gives a literal another type."""
+        if i is None or self.eqns[i].primitive.name not in _OF_LITERALS:
+            return False
+        operands = filter(is_var, self.eqns[i].invars)
+        return all(self._is_literal(self.producer.get(v)) for v in operands)
 
     def plan(self, in_tree: Any = None, out_tree: Any = None) -> Plan:
         asked: dict[Any, dict[Var, None]] = {}  # By stage; ordered sets.
@@ -178,7 +194,10 @@ class Cutter:
             i = self.producer.get(v)
             if i is None or not (
                 self.stages[i] == stage
-                or (stage[1] is not None and self._is_repeated(i))
+                or (
+                    isinstance(stage[1], tuple)
+                    and (self._is_repeated(i) or self._is_literal(i))
+                )
             ):
                 reads[v] = None
             elif i not in needed:

@@ -1,16 +1,19 @@
 """What an engine runs elsewhere: a stage's function, also of many elements at once."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export as jax_export
+from jax import lax
 from jax.extend.core import unmapped_aval
 
 from drjax._compat import ClosedJaxpr
-from drjax._jaxprs import as_fun, equations, struct
+from drjax._jaxprs import as_fun, equations, key_types, struct
 
 
 class Operation(NamedTuple):
@@ -22,17 +25,21 @@ class Operation(NamedTuple):
 
 
 def _lowest(dtype: Any) -> Any:
-    return -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else _range(dtype)[0]
+    return _range(dtype)[0]
 
 
 def _highest(dtype: Any) -> Any:
-    return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else _range(dtype)[1]
+    return _range(dtype)[1]
 
 
-def _range(dtype: Any) -> tuple[int, int]:
+def _range(dtype: Any) -> tuple[Any, Any]:
     if dtype == jnp.bool_:
-        return 0, 1
-    return int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+        return False, True
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+    if np.isinf(np.array(np.inf, dtype)):
+        return -np.inf, np.inf
+    return jnp.finfo(dtype).min, jnp.finfo(dtype).max
 
 
 def _all_bits(dtype: Any) -> Any:
@@ -66,8 +73,15 @@ def of_chunk(stage: Any) -> Callable[..., list[Any]]:
         is_valid = jnp.arange(index.shape[0], dtype=count.dtype) < count
         select = functools.partial(_select, is_valid)
         own = [select(x, x[:1]) for x in (index, *placed)]
-        axes = (0, *[None] * n_server, *[0] * len(placed))
-        outs = jax.vmap(body, axes, axis_size=index.shape[0])(own[0], *server, *own[1:])
+
+        def one(index, *own):
+            return body(index, *server, *own)
+
+        # JAX draws other numbers under vmap from keys of these kinds.
+        if any("rbg" in dtype for dtype in key_types(stage.body)):
+            outs = lax.map(lambda own: one(*own), own)
+        else:
+            outs = jax.vmap(one, axis_size=index.shape[0])(*own)
         reduced = []
         for (name, _), x in zip(stage.reductions, outs[:n_reduced], strict=True):
             operation = OPERATIONS[name]
@@ -92,13 +106,13 @@ def export_round(
         return _serialized(as_fun(stage.body), stage.body.in_avals, platforms)
     if chunk == "symbolic":
         c: Any = jax_export.symbolic_shape("chunk")[0]
-    elif isinstance(chunk, int) and not isinstance(chunk, bool) and chunk > 0:
-        c = chunk
     else:
-        raise ValueError(
-            "drjax: the chunk of an export is None, a number of elements or "
-            f"'symbolic', but got {chunk!r}."
-        )
+        c = 0 if isinstance(chunk, bool | str | float) else operator.index(chunk)
+        if c < 1:
+            raise ValueError(
+                "drjax: the chunk of an export is None, a number of elements or "
+                f"'symbolic', but got {chunk!r}."
+            )
     index, *avals = stage.body.in_avals
     server = avals[: len(stage.server_inputs)]
     placed = [unmapped_aval(c, 0, aval) for aval in (index, *avals[len(server) :])]

@@ -70,7 +70,7 @@ _CALLS = {
 }
 # Of these, what is not counted otherwise does one operation for each entry.
 _JAX = {p.name for p in vars(primitives).values() if isinstance(p, Primitive)} - {
-    *("householder_product", "random_gamma", "tridiagonal_solve"),
+    *("geqrf", "householder_product", "random_gamma", "tridiagonal_solve"),
 }
 
 

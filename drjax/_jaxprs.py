@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_context, eval_jaxpr
 from jax.extend import linear_util as lu
@@ -159,6 +160,13 @@ def equations(jaxpr: Any, primitive_name: str) -> Iterator[Any]:
 def names(jaxpr: Any) -> set[str]:
     """The names of the primitives in a jaxpr and in those inside it."""
     return {eqn.primitive.name for eqn in _all(jaxpr)}
+
+
+def key_types(jaxpr: Any) -> set[str]:
+    """The dtypes of the PRNG keys in a jaxpr and in those inside it."""
+    avals: Any = (v.aval for eqn in _all(jaxpr) for v in (*eqn.invars, *eqn.outvars))
+    dtypes = {aval.dtype for aval in avals if hasattr(aval, "dtype")}
+    return {str(d) for d in dtypes if jnp.issubdtype(d, jax.dtypes.prng_key)}
 
 
 def _all(jaxpr: Any) -> Iterator[Any]:

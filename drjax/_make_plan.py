@@ -1,6 +1,7 @@
 """Makes the plan of a function: traces it, cuts its jaxpr, and tries another size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +32,12 @@ def make_plan(
 
     Args:
       fn: a program, a derivative of one, or any function that calls some. It is traced,
-        and for each placement traced once more with three times as many elements, which
+        and for each placement traced twice more with other numbers of elements, which
         shows whether the plan depends on how many there are.
-      in_specs: which arguments are placed: for each, or for each of its leaves, or for
-        a subtree, a `jax.sharding.PartitionSpec` with the placement's name at the axis
-        of the elements, as `P('clients')`; `P()` for the server's; None for not said.
+      in_specs: which positional arguments are placed: for each, or each of its leaves,
+        or a subtree, a `jax.sharding.PartitionSpec` with the placement's name at the
+        axis of the elements, as `P('clients')`; `P()` for the server's; None for not
+        said.
       out_specs: the same for the results.
 
     Returns:
@@ -67,25 +69,29 @@ def make_plan(
       Rush et al., DrJAX, arXiv:2403.07128, section on interpreting to MapReduce.
     """
 
-    def planned(*args: Any) -> Plan:
-        leaves, in_tree = jax.tree.flatten(args)
+    @functools.wraps(fn)
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        leaves, in_tree = jax.tree.flatten((args, kwargs))
         with _mesh.without_explicit_axes():
             plan = make(in_tree, leaves)
-            free = {name for name, n in plan.placements if is_size_free(plan, name, n)}
+            bound = {p for p, n in plan.placements if not is_size_free(plan, p, n)}
+            free = {p for p, _ in plan.placements} - bound
         return dataclasses.replace(plan, size_free=frozenset(free))
 
     def make(in_tree: Any, leaves: list[Any]) -> Plan:
         out_trees = []
 
         def flat(*leaves):
-            outs, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(in_tree, leaves)))
+            args, kwargs = jax.tree.unflatten(in_tree, leaves)
+            outs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
             out_trees.append(out_tree)
             return outs
 
         jaxpr = jax.make_jaxpr(flat)(*map(_without_sharding, leaves))
         straight = straighten(without_shardings(jaxpr))
         out_tree = out_trees[-1]
-        inputs = _stated("in_specs", in_specs, in_tree, straight.invars, straight)
+        specs = tuple(in_specs) if isinstance(in_specs, list) else in_specs, None
+        inputs = _stated("in_specs", specs, in_tree, straight.invars, straight)
         outputs = _stated("out_specs", out_specs, out_tree, straight.outvars, straight)
         facts = find_placed(
             straight,
@@ -100,24 +106,29 @@ def make_plan(
                 raise PlanError(
                     f"drjax.make_plan: out_specs say that result {i} is the server's, "
                     f"but it is placed over {facts.at[v].placement!r}, as "
-                    f"{facts.why[v]} says. Reduce it, or say so."
+                    f"{facts.why[v]} says. Reduce it, or say "
+                    f"PartitionSpec({facts.at[v].placement!r})."
                 )
         return Cutter(facts).plan(in_tree, out_tree)
 
     def is_size_free(plan: Plan, placement: str, n: int) -> bool:
-        """Whether the plan is the same for another number of elements."""
-        leaves = []
-        for i in plan.inputs:
-            shape = list(plan.avals[i].shape)
-            if i in plan.at and plan.at[i][:2] == (placement, n):
-                shape[plan.at[i].axis] = 3 * n
-            leaves.append(struct(plan.avals[i].update(shape=tuple(shape))))
-        try:
-            with _program.resized(placement, n, 3 * n):
-                other = make(plan.in_tree, leaves)
-        except Exception:  # Whatever is raised where the sizes do not fit.
-            return False
-        return canonical(plan, placement) == canonical(other, placement)
+        """Whether the plan is the same for other numbers of elements."""
+        ours = canonical(plan, (placement, n))
+        for other in (2 * n, 3 * n + 1):  # One is odd, one is even.
+            leaves = []
+            for i in plan.inputs:
+                shape = list(plan.avals[i].shape)
+                if i in plan.at and plan.at[i][:2] == (placement, n):
+                    shape[plan.at[i].axis] = other
+                leaves.append(struct(plan.avals[i].update(shape=tuple(shape))))
+            try:
+                with _program.resized(placement, n, other):
+                    resized = make(plan.in_tree, leaves)
+            except Exception:  # Whatever is raised where the sizes do not fit.
+                return False
+            if canonical(resized, (placement, other)) != ours:
+                return False
+        return True
 
     return planned
 
@@ -150,7 +161,7 @@ def _stated(
     except ValueError as e:
         raise ValueError(
             f"drjax.make_plan: {what} are {specs}, which is no prefix of the tree "
-            f"{tree}."
+            f"{tree}. Give a tuple with a PartitionSpec or None for each argument."
         ) from e
     leaves = jax.tree.leaves(of_leaves, is_leaf=is_leaf)
     stated: dict[int, At | None] = {}
@@ -166,13 +177,13 @@ def _stated(
         for axis, placement in enumerate(spec):
             if placement is not None:
                 n = v.aval.shape[axis] if axis < v.aval.ndim else 0
-                if (placement, n) not in {*_placements(straight)}:
+                found = sorted({*_placements(straight)})
+                if (placement, n) not in found:
                     raise PlanError(
-                        f"drjax.make_plan: {what} say that a value of type {v.aval} "
-                        f"has the elements of {placement!r} on axis {axis}, but no "
-                        "operator in the function is for a placement of that name and "
-                        "size. There are operators for "
-                        f"{sorted({*_placements(straight)})}."
+                        f"drjax.make_plan: {what} say that leaf {i}, of type {v.aval}, "
+                        f"has the elements of {placement!r} on axis {axis}. It has no "
+                        "such axis, or one of another size: the placements in the "
+                        f"function are {found}."
                     )
                 stated[i] = At(placement, n, axis)
     return stated

@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import source_info_util
-from jax.extend.core import Var
+from jax.extend.core import Var, jaxprs_in_params
 
 from drjax import _primitives, _rules
-from drjax._jaxprs import equations, is_in, is_var, pick
+from drjax._jaxprs import equations, is_in, is_var, names, pick
 from drjax._map import map_p
 from drjax._ports import PORTS
 from drjax._straighten import Straight, straighten
@@ -67,6 +67,7 @@ def find_placed(
     told_by: tuple[str, str] = ("", ""),
     of_server: Collection[Var] = (),
     carries: dict[Var, Any] | None = None,
+    outside: Callable[..., set[Any]] | None = None,
 ) -> Facts:
     """Finds which values are placed, and where.
 
@@ -77,8 +78,9 @@ def find_placed(
       told_by: what says the former, and what the latter, for messages.
       of_server: inputs that are known to be the server's.
       carries: of a loop's jaxpr, the inputs that are a carry, and their next value.
+      outside: of a loop's or branch's, the origins of an input by its position.
     """
-    finder = _Finder(straight, seeds, told_by, of_server, carries)
+    finder = _Finder(straight, seeds, told_by, of_server, carries or {}, outside)
     before, now = (-1, -1), (0, 0)
     while now != before:  # Until nothing more is found.
         before = now
@@ -107,8 +109,10 @@ class _Finder:
         seeds: dict[Var, At],
         told_by: tuple[str, str],
         of_server: Collection[Var],
-        carries: dict[Var, Any] | None,
+        carries: dict[Var, Any],
+        outside: Callable[..., set[Any]] | None,
     ):
+        self.outside = outside
         self.straight, self.of_server, self.carries = straight, of_server, carries
         self.at: dict[Var, At] = dict(seeds)
         self.scattered: dict[Var, At] = {}
@@ -117,6 +121,7 @@ class _Finder:
         self.rules: dict[int, Any] = {}
         self.flows: dict[int, list[Facts]] = {}
         self.inner: dict[int, list[Straight]] = {}
+        self.alone: dict[int, list[Facts]] = {}  # Flows of which nothing is known.
         self.inputs = {v: k for k, v in enumerate(straight.invars)}
         self.producer = {v: i for i, e in enumerate(straight.eqns) for v in e.outvars}
 
@@ -130,6 +135,11 @@ class _Finder:
                     self.flow(i, eqn)
             elif any(map(self.placed, eqn.invars)):
                 self.arithmetic(i, eqn)
+            elif any(map(_holds_operators, jaxprs_in_params(eqn.params))):
+                raise PlanError(
+                    f"drjax.make_plan: {name(eqn)} holds operators, and how it runs "
+                    "them is not known. Call them outside of it."
+                )
 
     def placed(self, v: Any) -> bool:
         return is_in(v, self.at)
@@ -152,25 +162,53 @@ class _Finder:
         If it comes from an argument, or is the same for all elements, the way back is
         followed: they have it. What the server computes, it hands out.
         """
-        if is_in(v, self.at) or is_in(v, self.scattered):
-            return self.settle(v, where, by, scattered=v in self.scattered)
-        if not _has_elements(v, where):
-            raise PlanError(
-                f"drjax.make_plan: {by} needs {_elements(where)} of a value of type "
-                f"{v.aval}, which has not so many there."
-            )
-        origins = self.origins(v, where)
-        scattered = _SERVER in origins and origins <= {_SERVER, _REPEATED}
-        self.settle(v, where, by, scattered=scattered)
-        i = self.producer.get(v)
-        if i is None or scattered:
-            return
+        todo: list[Any] = [(v, where, by, None)]
+        while todo:
+            v, where, by, origins = todo.pop()
+            if is_in(v, self.at) or is_in(v, self.scattered):
+                self.settle(v, where, by, scattered=v in self.scattered)
+                continue
+            if not _has_elements(v, where):
+                raise PlanError(
+                    f"drjax.make_plan: {by} needs {_elements(where)} of a value of "
+                    f"type {v.aval}, which has not so many there."
+                )
+            origins = origins or self.origins(v, where)
+            is_servers = _are_of_server(origins)
+            i = self.producer.get(v, -1)
+            rule = None if i < 0 else self.back(i, v, where)
+            # Handed out as what it is made of, if all the server does is to repeat it.
+            if is_servers and (rule is None or not self.is_moved(i, rule)):
+                self.settle(v, where, by, scattered=True)
+                continue
+            self.settle(v, where, by)
+            if rule is None:
+                continue
+            if is_servers:
+                self.rules[i] = rule
+            eqn = self.straight.eqns[i]
+            operands = [
+                (u, where._replace(axis=axis), name(eqn))
+                for u, axis in zip(eqn.invars, rule.operands, strict=True)
+                if axis is not None
+            ]
+            known = origins if len(operands) == 1 else None
+            todo += [(*operand, known) for operand in operands]
+
+    def back(self, i: int, v: Var, where: At) -> Any:
+        """The rule by which an operand's elements become those of a result, if any."""
         eqn = self.straight.eqns[i]
-        # A loop or branch is looked into next time.
-        if eqn.primitive.name not in PORTS and not is_repeated(eqn, where):
-            rule = _backwards(eqn, v, where)
-            assert rule is not None, eqn
-            self.demand_operands(eqn, rule, where)
+        if eqn.primitive.name in PORTS or is_repeated(eqn, where):
+            return None
+        if isinstance(self.rules.get(i), _rules.Reduced):
+            return None
+        return _backwards(eqn, v, where)
+
+    def is_moved(self, i: int, rule: Any) -> bool:
+        """Whether an equation only repeats or moves the entries of one operand."""
+        eqn = self.straight.eqns[i]
+        is_movement = eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze")
+        return is_movement and rule.operands[0] is not None
 
     def origins(self, v: Any, where: At, seen: set[Any] | None = None) -> set[Any]:
         """What a value with these elements is made of, if it is followed back.
@@ -179,51 +217,58 @@ class _Finder:
         and inputs of which nothing is known, by position.
         """
         seen = set() if seen is None else seen
-        if not _has_elements(v, where) or is_in(v, self.scattered):
-            return {_SERVER}
-        if v in self.at:
-            return {_PLACED} if self.at[v] == where else {_SERVER}
-        if v in seen:
-            return set()
-        seen.add(v)
-        if v in self.inputs:
-            return self.origins_of_input(v, where, seen)
-        i = self.producer.get(v)
-        if i is None or isinstance(self.rules.get(i), _rules.Reduced):
-            return {_SERVER}
-        eqn = self.straight.eqns[i]
-        if eqn.primitive.name in PORTS:
-            return self.origins_of_flow(i, eqn, v, where, seen)
-        if is_repeated(eqn, where):
-            return {_REPEATED}
-        rule = _backwards(eqn, v, where)
-        if rule is None:
-            return {_SERVER}
-        operands = zip(eqn.invars, rule.operands, strict=True)
-        return set().union(
-            *(
-                self.origins(u, where._replace(axis=axis), seen)
-                for u, axis in operands
-                if axis is not None
-            )
-        )
+        found: set[Any] = set()
+        todo = [(v, where)]
+        while todo:
+            v, where = todo.pop()
+            if not _has_elements(v, where) or v in self.scattered:
+                found.add(_SERVER)
+            elif v in self.at:
+                found.add(_PLACED if self.at[v] == where else _SERVER)
+            elif v in seen:
+                continue
+            elif v in self.inputs:
+                seen.add(v)
+                found |= self.origins_of_input(v, where, seen)
+            elif v not in self.producer:
+                found.add(_SERVER)
+            else:
+                seen.add(v)
+                i = self.producer[v]
+                eqn = self.straight.eqns[i]
+                rule = self.back(i, v, where)
+                if rule is not None:
+                    operands = zip(eqn.invars, rule.operands, strict=True)
+                    todo += [
+                        (u, where._replace(axis=axis))
+                        for u, axis in operands
+                        if axis is not None
+                    ]
+                elif eqn.primitive.name in PORTS:
+                    found |= self.origins_of_flow(i, eqn, v, where, seen)
+                else:
+                    found.add(_REPEATED if is_repeated(eqn, where) else _SERVER)
+        return found
 
     def origins_of_input(self, v: Var, where: At, seen: set[Any]) -> set[Any]:
         if v in self.of_server:
             return {_SERVER}
         position = self.inputs[v]
-        if self.carries and v in self.carries:
-            if v in self.whole:
-                return {_SERVER}
-            later = self.origins(self.carries[v], where, seen) - {position}
-            # After the first time round, it is the server's.
-            return {_SERVER} if later == {_SERVER} else {position, *later}
-        return {position}
+        first = self.outside(position, where) if self.outside else {position}
+        if not all(isinstance(origin, str) for origin in first):
+            first = {position}
+        if v not in self.carries:
+            return {_SERVER} if _are_of_server(first) else {position}
+        later = self.origins(self.carries[v], where, seen) - {position}
+        # If it is so after the first time round, it is the server's.
+        if v in self.whole or _are_of_server(later) or _are_of_server(later | first):
+            return {_SERVER}
+        return {position, *later}
 
     def origins_of_flow(self, i, eqn, v, where, seen) -> set[Any]:
         found: set[Any] = set()
         result = eqn.outvars.index(v)
-        for port, facts in zip(_ports(eqn), self.flows.get(i, []), strict=False):
+        for port, facts in zip(_ports(eqn), self.looked_into(i, eqn), strict=True):
             for u, (j, shift) in zip(
                 facts.straight.outvars, port.results, strict=False
             ):
@@ -243,6 +288,20 @@ class _Finder:
         for v, axis in zip(eqn.invars, rule.operands, strict=True):
             if axis is not None:
                 self.demand(v, where._replace(axis=axis), name(eqn))
+
+    def looked_into(self, i: int, eqn: Any) -> list[Facts]:
+        """What is known of the jaxprs in a loop or branch."""
+        if i not in self.flows and i not in self.alone:
+            self.alone[i] = [
+                find_placed(body, {}, {}, carries=_carries(port, body))
+                for port, body in zip(_ports(eqn), self.bodies(i, eqn), strict=True)
+            ]
+        return self.flows.get(i) or self.alone[i]
+
+    def bodies(self, i: int, eqn: Any) -> list[Straight]:
+        if i not in self.inner:
+            self.inner[i] = [straighten(port.jaxpr) for port in _ports(eqn)]
+        return self.inner[i]
 
     def operator(self, eqn: Any) -> None:
         where = At(eqn.params["placement"], eqn.params["n"], 0)
@@ -273,30 +332,34 @@ class _Finder:
 
     def flow(self, i: int, eqn: Any) -> None:
         """Looks into a loop or branch, and tells both sides of each port."""
-        ports = _ports(eqn)
-        if i not in self.inner:
-            self.inner[i] = [straighten(port.jaxpr) for port in ports]
-        self.flows[i] = []
+        flows: list[Facts] = []
         by = name(eqn)
-        for port, body in zip(ports, self.inner[i], strict=True):
+        for port, body in zip(_ports(eqn), self.bodies(i, eqn), strict=True):
             seeds = {
                 v: _shifted(self.at[eqn.invars[j]], -shift, eqn)
                 for v, (j, shift) in zip(body.invars, port.operands, strict=True)
                 if self.placed(eqn.invars[j])
             }
+            operands = _by_operand(port, body)
+            for j, k in port.carries:
+                if self.placed(eqn.outvars[k]):
+                    seeds[operands[j]] = self.at[eqn.outvars[k]]
             ends = {
                 k: _shifted(self.at[eqn.outvars[j]], -shift, eqn)
                 for k, (j, shift) in enumerate(port.results)
                 if self.placed(eqn.outvars[j])
             }
-            of_operand = {
-                j: v for v, (j, _) in zip(body.invars, port.operands, strict=True)
-            }
-            carries = {
-                of_operand[j]: body.outvars[k] for j, k in port.carries if port.results
-            }
-            facts = find_placed(body, seeds, ends, (by, by), (), carries)
-            self.flows[i].append(facts)
+
+            def outside(position, where, port=port):
+                j, shift = port.operands[position]
+                return self.origins(
+                    eqn.invars[j], where._replace(axis=where.axis + shift)
+                )
+
+            facts = find_placed(
+                body, seeds, ends, (by, by), (), _carries(port, body), outside
+            )
+            flows.append(facts)
             for v, (j, shift) in zip(body.invars, port.operands, strict=True):
                 if v in facts.at:
                     self.demand(eqn.invars[j], _shifted(facts.at[v], shift, eqn), by)
@@ -308,6 +371,7 @@ class _Finder:
                     self.found(eqn.outvars[k], self.at[eqn.invars[j]], by)
                 elif self.placed(eqn.outvars[k]):
                     self.demand(eqn.invars[j], self.at[eqn.outvars[k]], by)
+        self.flows[i] = flows
 
     def found(self, v: Var, where: At, by: str) -> None:
         """Settles that a value is placed, which may have been taken for another."""
@@ -316,6 +380,25 @@ class _Finder:
 
 
 _SERVER, _REPEATED, _PLACED = "server", "repeated", "placed"
+
+
+def _are_of_server(origins: set[Any]) -> bool:
+    return _SERVER in origins and origins <= {_SERVER, _REPEATED}
+
+
+def _by_operand(port: Any, body: Straight) -> dict[int, Var]:
+    pairs = zip(port.operands, body.invars, strict=True)
+    return {j: v for (j, _), v in pairs}
+
+
+def _carries(port: Any, body: Straight) -> dict[Var, Any]:
+    """The inputs of a loop's jaxpr that are a carry, and their next value."""
+    operands = _by_operand(port, body)
+    return {operands[j]: body.outvars[k] for j, k in port.carries if port.results}
+
+
+def _holds_operators(jaxpr: Any) -> bool:
+    return any(primitive.startswith("drjax_") for primitive in names(jaxpr))
 
 
 def _has_elements(v: Any, where: At) -> bool:

@@ -3,29 +3,24 @@
 import dataclasses
 from typing import Any
 
-from drjax._jaxprs import as_fun, dce, debug_info, pick, trace, without_effects
-from drjax.plan import MapReduce, Plan, reads_of
+from drjax._jaxprs import as_fun, debug_info, trace
+from drjax.plan import Branch, MapReduce, Plan, Scan, While, reads_of
 
 
 def recomputed(plan: Plan) -> Plan:
     """The plan in which no round keeps what only a later one reads (`Plan.recomputed`).
 
-    What a round did is prepended to the later round's body. So a round then reads
-    nothing placed but what the program has from elsewhere: its arguments, say.
+    What the rounds before did comes first in a round's body, each once.
     """
     stages: list[Any] = []
-    makers: dict[int, MapReduce] = {}  # Of placed values.
+    makers: dict[int, MapReduce] = {}  # Of placed values; in order.
     for stage in plan.stages:
-        stage = _with_inner(stage)
         if isinstance(stage, MapReduce):
-            for source in dict.fromkeys(map(makers.get, stage.placed_inputs)):
-                if source and (source.placement, source.n) == (
-                    stage.placement,
-                    stage.n,
-                ):
-                    stage = _prepend(source, stage)
-            makers.update(dict.fromkeys(stage.placed_outputs, stage))
-        stages.append(stage)
+            stages.append(_after(_sources(stage, makers), stage))
+            if not stage.body.effects:  # They are not to happen again.
+                makers.update(dict.fromkeys(stage.placed_outputs, stage))
+        else:
+            stages.append(_with_inner(stage))
     read = {*plan.outputs}.union(*map(reads_of, stages))
     stages = [_keep(s, read) if isinstance(s, MapReduce) else s for s in stages]
     return dataclasses.replace(plan, stages=tuple(filter(None, stages)))
@@ -33,52 +28,65 @@ def recomputed(plan: Plan) -> Plan:
 
 def _with_inner(stage: Any) -> Any:
     """A loop or branch with plans that recompute."""
-    changed = {}
-    for field in dataclasses.fields(stage):
-        value = getattr(stage, field.name)
-        if isinstance(value, Plan):
-            changed[field.name] = recomputed(value)
-        elif field.name == "branches":
-            changed[field.name] = tuple(map(recomputed, value))
-    return dataclasses.replace(stage, **changed)
+    match stage:
+        case Scan():
+            return dataclasses.replace(stage, body=recomputed(stage.body))
+        case While():
+            plans = recomputed(stage.predicate), recomputed(stage.body)
+            return dataclasses.replace(stage, predicate=plans[0], body=plans[1])
+        case Branch():
+            plans = tuple(map(recomputed, stage.branches))
+            return dataclasses.replace(stage, branches=plans)
+        case _:
+            return stage
 
 
-def _prepend(source: MapReduce, stage: MapReduce) -> MapReduce:
-    """A round that makes itself what it reads of another one's placed results."""
-    made = [i in stage.placed_inputs for i in source.placed_outputs]
-    again = [*(False for _ in source.reductions), *made]
-    first, _ = dce(without_effects(source.body), again, keep_inputs=True)
-    results = pick(source.placed_outputs, made)
-    server = tuple(dict.fromkeys(source.server_inputs + stage.server_inputs))
-    placed = tuple(dict.fromkeys(source.placed_inputs + stage.placed_inputs))
-    placed = tuple(i for i in placed if i not in results)
-    types = {}
-    for s in (source, stage):
-        inputs = (*s.server_inputs, *((i, "own") for i in s.placed_inputs))
-        types.update(zip(inputs, s.body.in_avals[1:], strict=True))
+def _sources(stage: MapReduce, makers: dict[int, MapReduce]) -> list[MapReduce]:
+    """The rounds that make what a round reads, and what these read, in order."""
+    found: set[int] = set()
+    todo = [*stage.placed_inputs]
+    while todo:
+        source = makers.get(todo.pop())
+        is_same = source and (source.placement, source.n) == (stage.placement, stage.n)
+        if source and is_same and id(source) not in found:
+            found.add(id(source))
+            todo += source.placed_inputs
+    sources = dict.fromkeys(makers.values())
+    return [source for source in sources if id(source) in found]
+
+
+def _after(sources: list[MapReduce], stage: MapReduce) -> MapReduce:
+    """A round that makes itself what it reads of other rounds' placed results."""
+    if not sources:
+        return stage
+    parts = [*sources, stage]
+    made = {i for source in sources for i in source.placed_outputs}
+    server: dict[int, Any] = {}  # The types of the inputs.
+    placed: dict[int, Any] = {}
+    for part in parts:
+        _, *avals = part.body.in_avals
+        n = len(part.server_inputs)
+        server.update(zip(part.server_inputs, avals[:n], strict=True))
+        own = zip(part.placed_inputs, avals[n:], strict=True)
+        placed.update((i, aval) for i, aval in own if i not in made)
 
     def body(index, *args):
-        # A value that is handed out and sent whole, too, is an input twice.
-        env: dict[Any, Any] = dict(zip(server, args[: len(server)], strict=True))
-        keys = [(i, "own") for i in placed]
-        env.update(zip(keys, args[len(server) :], strict=True))
+        whole = dict(zip(server, args[: len(server)], strict=True))
+        own = dict(zip(placed, args[len(server) :], strict=True))
+        outs: list[Any] = []
+        for part in parts:
+            inputs = [whole[i] for i in part.server_inputs]
+            inputs += [own[i] for i in part.placed_inputs]
+            outs = as_fun(part.body)(index, *inputs)
+            reduced = len(part.reductions)
+            own.update(zip(part.placed_outputs, outs[reduced:], strict=True))
+        return outs
 
-        def run(s, jaxpr):
-            whole = [env[i] for i in s.server_inputs]
-            return as_fun(jaxpr)(
-                index, *whole, *(env[i, "own"] for i in s.placed_inputs)
-            )
-
-        outs = run(source, first)
-        env.update(zip([(i, "own") for i in results], outs, strict=True))
-        return run(stage, stage.body)
-
-    avals = [types[i] for i in server] + [types[i, "own"] for i in placed]
-    info = debug_info(stage.body)
-    jaxpr, consts = trace(body, [stage.body.in_avals[0], *avals], info)
+    avals = [stage.body.in_avals[0], *server.values(), *placed.values()]
+    jaxpr, consts = trace(body, avals, debug_info(stage.body))
     assert not consts, consts
     return dataclasses.replace(
-        stage, body=jaxpr, server_inputs=server, placed_inputs=placed
+        stage, body=jaxpr, server_inputs=tuple(server), placed_inputs=tuple(placed)
     ).pruned()
 
 

@@ -1,6 +1,5 @@
 """The reference engine: runs a plan one element at a time, slowly and obviously."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +12,13 @@ from drjax._jaxprs import as_fun
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
 
-def run_plan(plan: Plan, *args: Any) -> Any:
+def run_plan(plan: Plan, *args: Any, **kwargs: Any) -> Any:
     """Runs a plan one element at a time: slow, and what engines are tested against.
 
     Args:
       plan: what `make_plan` returned.
       *args: arguments of the types it was made for.
+      **kwargs: the same, by name.
 
     Returns:
       What the planned function returns.
@@ -33,7 +33,7 @@ def run_plan(plan: Plan, *args: Any) -> Any:
       >>> print(drjax.run_plan(drjax.make_plan(total)(jnp.ones(3)), jnp.arange(3.0)))
       3.0
     """
-    leaves, tree = jax.tree.flatten(args)
+    leaves, tree = jax.tree.flatten((args, kwargs))
     if tree != plan.in_tree:
         raise TypeError(
             f"drjax.run_plan: the plan is for arguments of structure {plan.in_tree}, "
@@ -46,13 +46,14 @@ def run_plan(plan: Plan, *args: Any) -> Any:
                 f"drjax.run_plan: the plan is for an argument of type {want}, but got "
                 f"{got}. Make a plan for these arguments."
             )
-    outs = interpret(plan, leaves, _run_round)
+    outs = interpret(plan, [*map(_as_array, leaves)], _run_round)
     return jax.tree.unflatten(plan.out_tree, map(_as_array, outs))
 
 
 def _as_array(x: Any) -> Any:
-    """A result as jit has it: a Python number may have been passed through."""
-    return x if hasattr(x, "shape") else jnp.asarray(x)
+    """An argument or result as jit has it."""
+    is_float0 = getattr(x, "dtype", None) == jax.dtypes.float0
+    return x if is_float0 else jnp.asarray(x)
 
 
 # Runs a round: reads and writes values by number.
@@ -116,6 +117,7 @@ def _run_round(plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:
         results.append(as_fun(stage.body)(jnp.int32(element), *server, *own))
     parts, outs = len(stage.reductions), list(zip(*results, strict=True))
     for (operation, i), values in zip(stage.reductions, outs[:parts], strict=True):
-        env[i] = functools.reduce(OPERATIONS[operation].combine, values)
+        stacked = jnp.stack(values)
+        env[i] = OPERATIONS[operation].reduce(stacked, axis=0).astype(stacked.dtype)
     for i, values in zip(stage.placed_outputs, outs[parts:], strict=True):
         env[i] = jnp.stack(values, plan.at[i].axis)

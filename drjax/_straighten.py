@@ -15,8 +15,12 @@ from drjax._ports import operand_bounds
 
 _CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"),
-    *("custom_vjp_call", "custom_lin", "remat2", "checkpoint"),
+    *("custom_vjp_call", "custom_lin", "remat2", "checkpoint", "eval_jaxpr"),
+    "custom_vmap_call",
 }
+
+
+_CALLED = "call_jaxpr", "jaxpr", "call"
 
 
 class Straight(NamedTuple):
@@ -134,7 +138,7 @@ def straighten(jaxpr: Any) -> Straight:
             # What JAX's functions do inside is told by the line that calls them.
             known = source is None or source_info_util.summarize(eqn.source_info)
             own_source = eqn.source_info if known else source
-            called = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+            called = next((eqn.params[k] for k in _CALLED if k in eqn.params), None)
             if _is_batched_loop(eqn):
                 called = _with_one_predicate(eqn, info)
                 outs = inline(called, operands, own_source)

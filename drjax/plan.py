@@ -18,16 +18,21 @@ from drjax._jaxprs import dce_after_first, pick
 
 
 class At(NamedTuple):
-    """Where a placed value has its elements."""
+    """Where a value has the `n` elements of a placement: on which axis."""
 
     placement: str
     n: int
     axis: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Server:
-    """Work of the server: `jaxpr` of the values `inputs` gives the values `outputs`."""
+    """Work of the server.
+
+    Args:
+      jaxpr: without constants, of the inputs.
+      inputs, outputs: numbers of values.
+    """
 
     jaxpr: ClosedJaxpr
     inputs: tuple[int, ...]
@@ -44,13 +49,23 @@ class Server:
         return _export.export_server(self, platforms)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MapReduce:
     """One round over a placement.
 
     Each element runs `body: (index, *server inputs, *own part of the placed inputs) ->
     (*parts to reduce, *own part of the placed outputs)`, where `index` is its int32
     position. A placed value has its elements along an axis of its own, see `Plan.at`.
+    A placement inside this one, as clients of pods, is inside the body.
+
+    Args:
+      placement, n: name, and number of elements.
+      body: a jaxpr without constants.
+      server_inputs: values that every element gets as they are.
+      placed_inputs: values of which it gets, or has, its own part.
+      reductions: for each the operation, 'sum', 'prod', 'max', 'min', 'and' or 'or',
+        and the value that it gives.
+      placed_outputs: values of which it makes its own part.
     """
 
     placement: str
@@ -75,9 +90,9 @@ class MapReduce:
                 -> (*reduced values, *placed outputs)
 
         Placed values, and `index: int32 [c]`, have their elements along axis 0. The
-        first `count: int32 []` elements are valid. What the others hold does not
-        matter: they run as the first one does, and are not in what is reduced. Their
-        part of the placed outputs is to be thrown away.
+        first `count: int32 []` elements, one at least, are valid. What the others hold
+        does not matter: they run as the first one does, and are not in what is reduced.
+        Their part of the placed outputs is to be thrown away.
 
         Args:
           platforms: as 'cpu', 'cuda', 'rocm' and 'tpu'; by default this process's.
@@ -119,9 +134,18 @@ class MapReduce:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Scan:
-    """A loop of `length` rounds or more: `(constants, carry, x) -> (carry, y)`."""
+    """A body that is run `length` times: `(*constants, *carry, *x) -> (*carry, *y)`.
+
+    Args:
+      body: its inputs and outputs are in this order.
+      length: of the loop; it may be 0.
+      reverse: whether it starts at the last `x`; a `y` is where its `x` is.
+      constants, init, xs: values given; the slices of `xs` are along axis 0, which is
+        counted in `Plan.at` of this plan, and not in that of the body.
+      carry, ys: values that it gives.
+    """
 
     body: "Plan"
     length: int
@@ -133,9 +157,16 @@ class Scan:
     ys: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class While:
-    """A loop while `predicate: (constants, carry) -> [bool]` says so."""
+    """A loop: while `predicate(*constants, *carry)` is true, `body` gives the carry.
+
+    Args:
+      predicate: it has one output, a scalar.
+      body: `(*constants, *carry) -> carry`.
+      predicate_constants, body_constants, init: values given.
+      carry: values that it gives.
+    """
 
     predicate: "Plan"
     body: "Plan"
@@ -145,9 +176,16 @@ class While:
     carry: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Branch:
-    """One of several plans, the one that the server value `index` says."""
+    """One of several plans, the one that a value says.
+
+    Args:
+      branches: each has all operands as its inputs.
+      index: a scalar of the server, held within `0` and `len(branches) - 1`.
+      operands: values given.
+      results: values that it gives.
+    """
 
     branches: tuple["Plan", ...]
     index: int
@@ -187,19 +225,20 @@ def reads_of(stage: Stage) -> tuple[int, ...]:
             return (stage.index, *stage.operands)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """A program as stages over numbered values.
 
     Args:
       stages: in order.
       avals: the types of all values, by number.
-      at: where placed values have their elements, by number.
+      at: where the elements are of placed values, and of those handed out, by number.
       scattered: which of them the server has, and hands out.
       inputs: the arguments' numbers, leaf by leaf.
       constants: values known from the start.
       sizes: values that are a placement's number of elements, its name and `n` here.
-        An engine that loses elements gives the number of those that took part.
+        An engine that loses elements gives the number of those that took part, in
+        the plans of loops and branches too, which have their own.
       outputs: the results' numbers, leaf by leaf.
       in_tree, out_tree: the trees of arguments and results.
       size_free: placements whose number of elements the stages do not depend on.
@@ -253,9 +292,11 @@ class Plan:
     def recomputed(self) -> "Plan":
         """The plan in which rounds make residuals again, rather than keep them.
 
-        A round then reads nothing placed but arguments and what loops carry, and does
-        the work of the rounds before it once more. An engine that cannot hold `n` times
-        the residuals runs this one.
+        A round then reads nothing that an earlier one has kept for it, and does the
+        work of those once more. An engine that cannot hold `n` times the residuals runs
+        this one. What goes into a loop or branch, or comes from it, is still kept: the
+        gradient of a loop of rounds keeps the residuals of all of them. So is what a
+        round with effects, as a `jax.debug.print`, has made.
         """
         from drjax._recompute import recomputed
 
@@ -273,6 +314,8 @@ class Plan:
         from drjax._describe import text
 
         return "\n".join(text(self))
+
+    __repr__ = __str__
 
     def to_html(self) -> str:
         """A page with a picture of the plan, which needs no other file."""

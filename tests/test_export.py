@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +114,8 @@ def test_platforms_are_those_named():
 REDUCTIONS = {
     "sum": (jnp.sum, [np.float32, np.int8, np.uint32, np.complex64, bool]),
     "prod": (jnp.prod, [np.float32, np.int32]),
-    "max": (jnp.max, [np.float32, np.int8, np.uint8, bool]),
-    "min": (jnp.min, [np.float32, np.int8, np.uint8, bool]),
+    "max": (jnp.max, [np.float32, np.int8, np.uint8, bool, jnp.float8_e4m3fn]),
+    "min": (jnp.min, [np.float32, np.int8, np.uint8, bool, jnp.float8_e4m3fn]),
     "all": (jnp.all, [bool]),
     "any": (jnp.any, [bool]),
     "and": (lambda x, axis: jnp.bitwise_and.reduce(x, axis=axis), [np.uint8, np.int32]),
@@ -140,7 +141,8 @@ def test_what_is_invalid_is_in_no_reduction(name, dtype):
         x[:, 0], x[:, 1] = low, high
     else:
         x = rng.normal(size=(N, 3)).astype(dtype)
-        x[:, 0], x[0, 1] = -np.inf, np.nan
+        if dtype is not jnp.float8_e4m3fn:  # It has no infinity.
+            x[:, 0], x[0, 1] = -np.inf, np.nan
     plan = drjax.make_plan(fn)(x)
     (stage,) = rounds(plan)
     assert len(stage.reductions) == 1
@@ -158,6 +160,13 @@ def test_a_callback_cannot_be_exported():
     (stage,) = rounds(drjax.make_plan(mapped)(XS))
     with pytest.raises(NotImplementedError, match=r"debug.* cannot be exported"):
         stage.export(chunk=2)
+
+
+def test_a_chunk_may_be_an_integer_of_numpy():
+    (stage,) = rounds(drjax.make_plan(program(drjax.reduce_sum))(XS))
+    two: Any = np.int64(2)
+    exported = jax.export.deserialize(bytearray(stage.export(chunk=two)))
+    assert exported.in_avals[-1].shape == (2, *XS.shape[1:])
 
 
 @pytest.mark.parametrize("chunk", [0, -1, True, "all", 2.0])

@@ -219,15 +219,14 @@ def test_another_axis_of_the_same_size_is_not_the_placement(run):
     assert_close(run(plan, x), jax.jit(fn)(x))
 
 
-@ENGINE
-def test_what_an_element_prints_is_printed_once_by_each(run, capfd):
+def test_what_an_element_prints_is_printed_once_by_each(capfd):
     @program
     def fn(x):
         drjax.map_fn(lambda v: jax.debug.print("element {}", v), x)
         return x
 
     x = jnp.arange(5.0)
-    run(drjax.make_plan(fn)(x), x)
+    drjax.run_plan(drjax.make_plan(fn)(x), x)
     jax.effects_barrier()
     assert sorted(capfd.readouterr().out.splitlines()) == [
         f"element {i}.0" for i in range(N)
@@ -318,6 +317,115 @@ def test_what_the_server_hands_out_is_its_own(run, name, batched):
     plan = drjax.make_plan(fn, in_specs=specs)(*args)
     check_stages(plan)
     assert_close(run(plan, *args), jax.jit(fn)(*args))
+
+
+def server_vector(x):
+    """A value of the server with as many entries as there are elements."""
+    hot = drjax.map_fn(lambda i: jax.nn.one_hot(i, N), drjax.placement_index())
+    return jnp.tanh(drjax.reduce_sum(hot * drjax.map_fn(jnp.sum, x)[:, None]))
+
+
+def times(x, u):
+    return drjax.map_fn(lambda row, k: row * k, (x, u))
+
+
+def in_one_branch(x):
+    u = server_vector(x)
+    whole = lambda: drjax.map_fn(lambda row: row * jnp.sum(u * u[::-1]), x)  # noqa: E731
+    return [lax.cond(p, lambda: times(x, u), whole) for p in (u[0] > 9, u[0] < 9)]
+
+
+def in_a_body_and_whole_in_its_predicate(x):
+    def body(c):
+        return times(*c), c[1] - 1.0
+
+    start = x, server_vector(x)
+    return lax.while_loop(lambda c: jnp.max(jnp.cumsum(c[1])) > -3, body, start)
+
+
+def masks_of_rounds(x):
+    def step(w, mask):
+        first = jnp.argsort(mask)[0]
+        return w + drjax.reduce_sum(times(x, mask)) * first, None
+
+    masks = jax.random.uniform(jax.random.key(1), (3, N))
+    return lax.scan(step, jnp.zeros(N), masks)[0]
+
+
+IN_FLOWS = [in_one_branch, in_a_body_and_whole_in_its_predicate, masks_of_rounds]
+
+
+@pytest.mark.parametrize("fn", IN_FLOWS, ids=lambda fn: fn.__name__)
+@ENGINE
+def test_loops_and_branches_are_handed_what_is_the_servers(run, fn):
+    fn = program(fn)
+    plan = drjax.make_plan(fn)(SQUARE)
+    check_stages(plan)
+    assert_close(run(plan, SQUARE), jax.jit(fn)(SQUARE))
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        lambda x: lax.fori_loop(0, 3, lambda _, v: jnp.cos(v) + 0.1, x),
+        lambda x: lax.cond(True, jnp.cos, jnp.tanh, x),
+    ],
+    ids=["loop", "branch"],
+)
+def test_what_happens_to_an_argument_before_a_map_is_the_elements_work(local):
+    plan = drjax.make_plan(program(lambda x: sines(local(x))))(SQUARE)
+    assert [type(stage) for stage in plan.stages] == [MapReduce]
+    assert not plan.scattered
+    assert_close(drjax.run_plan(plan, SQUARE), jnp.sin(local(SQUARE)))
+
+
+def test_an_element_is_handed_the_least_that_its_part_is_made_of():
+    @program
+    def fn(mask, x):
+        kept = jnp.where(mask.reshape(N, 1, 1), x, 0) + jnp.where(
+            mask[:, None, None], 2 * x, 0
+        )
+        return drjax.reduce_sum(kept)
+
+    mask = np.arange(N) > 2
+    plan = drjax.make_plan(fn, in_specs=(OF_THE_SERVER, None))(mask, XS)
+    (stage,) = plan.stages
+    assert isinstance(stage, MapReduce)
+    assert [plan.avals[i].shape for i in plan.scattered] == [(N,)]
+    assert stage.server_inputs == ()  # The zeros are no message.
+    assert_close(drjax.run_plan(plan, mask, XS), fn(mask, XS))
+
+
+def test_a_long_chain_of_arithmetic_is_followed_back():
+    @program
+    def fn(x):
+        for _ in range(2000):
+            x = x * 1.001
+        return drjax.reduce_sum(x)
+
+    plan = drjax.make_plan(fn)(ROW)
+    assert plan.at[plan.inputs[0]].axis == 0
+    assert plan.rounds == 1
+
+
+def test_operators_in_a_call_that_is_not_known_are_an_error():
+    mesh = jax.make_mesh((1,), ("other",))
+    spec = jax.sharding.PartitionSpec()
+
+    @program
+    def fn(x):
+        return jax.shard_map(sines, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+    with pytest.raises(drjax.PlanError, match=r"shard_map .* holds operators"):
+        drjax.make_plan(fn)(ROW)
+
+
+def test_operators_in_a_custom_vmap_are_found():
+    total = jax.custom_batching.custom_vmap(drjax.reduce_sum)
+    total.def_vmap(lambda size, batched, x: (jnp.sum(x, axis=1), True))
+    plan = drjax.make_plan(program(lambda x: total(sines(x))))(ROW)
+    assert plan.rounds == 1
+    assert_close(drjax.run_plan(plan, ROW), jnp.sum(jnp.sin(ROW)))
 
 
 @ENGINE

@@ -71,6 +71,7 @@ SIZED = {
     "keys split on the server": lambda w, xs: drjax.reduce_sum(
         drjax.map_fn(jax.random.normal, jax.random.split(jax.random.key(0), N))
     ),
+    "whether it is odd": lambda w, xs: drjax.reduce_sum(xs) * (len(xs) % 2),
     "len": lambda w, xs: drjax.reduce_sum(xs) / len(xs),
 }
 
@@ -111,6 +112,15 @@ def test_a_size_free_plan_runs_on_another_number_of_elements(run, name):
 @pytest.mark.parametrize("name", SIZED)
 def test_a_plan_that_needs_its_number_of_elements_says_so(name):
     assert drjax.make_plan(program(SIZED[name]))(W, XS).size_free == frozenset()
+
+
+def test_placements_of_one_name_are_size_free_only_if_all_are():
+    def fn(x, y):
+        free = drjax.program(clients=4)(drjax.reduce_sum)
+        bound = drjax.program(clients=3)(lambda y: drjax.map_fn(jnp.sin, y).mean(0))
+        return free(x), bound(y)
+
+    assert not drjax.make_plan(fn)(jnp.ones(4), jnp.ones(3)).size_free
 
 
 def test_each_placement_is_size_free_or_not():
@@ -187,6 +197,21 @@ def test_a_hash_tells_programs_apart():
     plan = drjax.make_plan(program(lambda x: drjax.reduce_sum(x * constant)))
     assert plan(jnp.ones((N, 3))).hash in hashes
     assert plan(jnp.ones((N, 3), "float16")).hash not in hashes
+
+
+def test_a_hash_tells_callbacks_apart():
+    def one(x):
+        return np.sin(x)
+
+    def other(x):
+        return np.cos(x)
+
+    def call(callback):
+        fn = lambda x: jax.pure_callback(callback, x, x, vmap_method="sequential")  # noqa: E731
+        return drjax.make_plan(program(lambda x: drjax.map_fn(fn, x)))(XS).hash
+
+    assert call(one) == call(one)
+    assert call(one) != call(other)
 
 
 #
@@ -393,6 +418,45 @@ def test_a_recomputing_round_reads_nothing_that_a_round_kept():
     assert all(not again.residuals(stage) for stage in rounds(again))
     assert {i for s in rounds(again) for i in s.placed_inputs} == {plan.inputs[1]}
     assert len(rounds(again)) == 2
+
+
+def test_to_recompute_does_each_round_before_once():
+    """Momentum of two rounds is kept at the clients."""
+
+    def fn(w, xs):
+        older = old = drjax.map_fn(jnp.sum, xs)
+        for _ in range(6):
+            mean = drjax.broadcast(drjax.reduce_mean(old))
+            pair = old, older, mean
+            older, old = old, drjax.map_fn(lambda a, b, m: jnp.sin(a - m) + b, pair)
+        return drjax.reduce_sum(old)
+
+    plan = drjax.make_plan(program(fn))(W, XS)
+    again = plan.recomputed()
+    work = [of_round(plan, stage).flops.total for stage in rounds(plan)]
+    redone = [of_round(again, stage).flops.total for stage in rounds(again)]
+    assert len(redone) == len(work) == 7
+    assert redone == [sum(work[: i + 1]) for i in range(7)]
+    assert_close(drjax.run_plan(again, W, XS), program(fn)(W, XS))
+
+
+def test_what_an_effect_gives_is_kept_not_recomputed(capfd):
+    def fn(w, xs):
+        def one(x):
+            def step(v, _):
+                jax.debug.print("step")
+                return jnp.tanh(v), None
+
+            return lax.scan(step, x, None, length=2)[0]
+
+        y = drjax.map_fn(one, xs)
+        return drjax.reduce_sum(y * drjax.broadcast(drjax.reduce_mean(y)))
+
+    plan = drjax.make_plan(program(fn))(W, XS).recomputed()
+    got = drjax.run_plan(plan, W, XS)
+    jax.effects_barrier()
+    assert capfd.readouterr().out.count("step") == 2 * N
+    assert_close(got, program(fn)(W, XS))
 
 
 def test_what_an_element_prints_is_not_printed_again_to_recompute(capfd):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import ENGINE
+from engines import ENGINE, in_chunks
 from helpers import assert_close
 from jax import lax
 from programs import XS, N, program
@@ -107,6 +107,41 @@ def test_each_element_draws_as_it_would_alone(impl):
 
     got = drjax.run_plan(drjax.make_plan(program(fn))(keys), keys)
     assert_close(got, [jnp.stack([jax.random.normal(key, (2,)) for key in keys])])
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_each_element_of_a_chunk_draws_as_it_would_alone(impl):
+    keys = jax.random.split(jax.random.key(0, impl=impl), N)
+    fn = program(lambda keys: drjax.map_fn(jax.random.normal, keys))
+    got = in_chunks(drjax.make_plan(fn)(keys), keys)
+    assert_close(got, [jnp.stack([jax.random.normal(key) for key in keys])])
+
+
+def test_many_halves_are_summed_as_jit_sums_them():
+    x = jnp.ones(3000, "float16")
+    fn = drjax.program(clients=len(x))(drjax.reduce_sum)
+    assert drjax.run_plan(drjax.make_plan(fn)(x), x) == 3000
+
+
+def test_arguments_may_be_given_by_name():
+    def fn(x, *, scale):
+        return drjax.reduce_sum(x) * scale["a"]
+
+    plan = drjax.make_plan(program(fn))(X, scale={"a": 2.0})
+    assert drjax.run_plan(plan, X, scale={"a": 3.0}) == 30
+    with pytest.raises(TypeError, match="structure"):
+        drjax.run_plan(plan, X)
+
+
+def test_effects_in_order_stay_in_order(capfd):
+    def fn(x):
+        jax.debug.print("first {}", drjax.reduce_sum(x), ordered=True)
+        jax.debug.print("second", ordered=True)
+        return x
+
+    drjax.run_plan(drjax.make_plan(program(fn))(X), X)
+    jax.effects_barrier()
+    assert capfd.readouterr().out.splitlines() == ["first 10.0", "second"]
 
 
 def test_what_the_server_prints_is_printed_in_order(capfd):
