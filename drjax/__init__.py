@@ -9,6 +9,7 @@ import os.path as _path
 
 from jax.extend import source_info_util as _source_info_util
 
+from drjax._equations import PlanError
 from drjax._make_plan import make_plan
 from drjax._operators import (
     broadcast,
@@ -21,7 +22,6 @@ from drjax._operators import (
     reduce_sum,
     reduce_weighted_mean,
 )
-from drjax._placed import PlanError
 from drjax._program import OperatorUndefinedError, program
 from drjax._reference import run_plan
 from drjax.plan import Plan

@@ -20,16 +20,10 @@ from jax.extend.core import Var, mapped_aval
 
 from drjax._compat import ClosedJaxpr
 from drjax._element import Element
+from drjax._equations import OF_PLACEMENT, PlanError, described, is_repeated
 from drjax._jaxprs import is_var, trace
 from drjax._map import map_p
-from drjax._placed import (
-    OF_PLACEMENT,
-    Facts,
-    PlanError,
-    communicates,
-    is_repeated,
-    name,
-)
+from drjax._placed import Facts, communicates
 from drjax._ports import operand_bounds
 from drjax._primitives import placement_size_p
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
@@ -295,8 +289,8 @@ class Cutter:
             a, b = operand_bounds(eqn)
             if eqn.params["cond_jaxpr"].out_avals[0].shape:
                 raise PlanError(
-                    f"drjax.make_plan: {name(eqn)} is a loop of each of several with "
-                    "arithmetic that combines the elements. Combine them with "
+                    f"drjax.make_plan: {described(eqn)} is a loop of each of several "
+                    "with arithmetic that combines the elements. Combine them with "
                     "drjax.reduce_*."
                 )
             stage = While(

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from drjax import _primitives, _rules
+from drjax._equations import REDUCTIONS, is_repeated
 from drjax._jaxprs import as_fun, is_in, is_var
 from drjax._map import map_p
-from drjax._placed import REDUCTIONS, Facts, is_repeated
+from drjax._placed import Facts
 from drjax._ports import operand_bounds
 from drjax._straighten import while_any
 

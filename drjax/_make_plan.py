@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from drjax import _mesh, _program
 from drjax._canonical import canonical
 from drjax._cut import Cutter
+from drjax._equations import PlanError
 from drjax._jaxprs import struct
-from drjax._placed import PlanError, find_placed
+from drjax._placed import find_placed
 from drjax._straighten import Straight, straighten, without_shardings
 from drjax.plan import At, Plan
 

@@ -6,32 +6,29 @@ that are placed, and through loops and branches into the jaxprs that they hold, 
 nothing more is found.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import collections
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from jax.extend import source_info_util
 from jax.extend.core import Var, jaxprs_in_params
 
 from drjax import _primitives, _rules
+from drjax._equations import (
+    OF_PLACEMENT,
+    REDUCTIONS,
+    PlanError,
+    backwards,
+    described,
+    is_repeated,
+    operands_placed,
+    results_placed,
+    rule_of,
+)
 from drjax._jaxprs import equations, is_in, is_var, names, pick
 from drjax._map import map_p
 from drjax._ports import PORTS
 from drjax._straighten import Straight, straighten
 from drjax.plan import At
-
-REDUCTIONS = {
-    _primitives.reduce_sum_p: "sum",
-    _primitives.reduce_max_p: "max",
-    _primitives.reduce_min_p: "min",
-}
-_OF_SERVER_VALUES = {_primitives.broadcast_p, _primitives.placement_index_p}
-
-
-class PlanError(ValueError):
-    """A program that cannot be cut into rounds."""
-
-
-PlanError.__module__ = "drjax"
 
 
 class Facts(NamedTuple):
@@ -50,7 +47,7 @@ class Facts(NamedTuple):
         """Which operands of an equation an element has a part of; of others, all."""
         eqn = self.straight.eqns[i]
         if eqn.primitive is map_p or eqn.primitive in OF_PLACEMENT:
-            return list(_operands_placed(eqn))
+            return list(operands_placed(eqn))
         if i in self.rules:
             return [axis is not None for axis in self.rules[i].operands]
         own = [False] * len(eqn.invars)
@@ -122,6 +119,8 @@ class _Finder:
         self.flows: dict[int, list[Facts]] = {}
         self.inner: dict[int, list[Straight]] = {}
         self.alone: dict[int, list[Facts]] = {}  # Flows of which nothing is known.
+        atoms = [v for e in straight.eqns for v in e.invars] + straight.outvars
+        self.uses = collections.Counter(filter(is_var, atoms))
         self.inputs = {v: k for k, v in enumerate(straight.invars)}
         self.producer = {v: i for i, e in enumerate(straight.eqns) for v in e.outvars}
 
@@ -137,8 +136,8 @@ class _Finder:
                 self.arithmetic(i, eqn)
             elif any(map(_holds_operators, jaxprs_in_params(eqn.params))):
                 raise PlanError(
-                    f"drjax.make_plan: {name(eqn)} holds operators, and how it runs "
-                    "them is not known. Call them outside of it."
+                    f"drjax.make_plan: {described(eqn)} holds operators, and how it "
+                    "runs them is not known. Call them outside of it."
                 )
 
     def placed(self, v: Any) -> bool:
@@ -178,7 +177,7 @@ class _Finder:
             i = self.producer.get(v, -1)
             rule = None if i < 0 else self.back(i, v, where)
             # Handed out as what it is made of, if all the server does is to repeat it.
-            if is_servers and (rule is None or not self.is_moved(i, rule)):
+            if is_servers and (rule is None or not self.is_moved(i, rule, v)):
                 self.settle(v, where, by, scattered=True)
                 continue
             self.settle(v, where, by)
@@ -188,7 +187,7 @@ class _Finder:
                 self.rules[i] = rule
             eqn = self.straight.eqns[i]
             operands = [
-                (u, where._replace(axis=axis), name(eqn))
+                (u, where._replace(axis=axis), described(eqn))
                 for u, axis in zip(eqn.invars, rule.operands, strict=True)
                 if axis is not None
             ]
@@ -202,13 +201,13 @@ class _Finder:
             return None
         if isinstance(self.rules.get(i), _rules.Reduced):
             return None
-        return _backwards(eqn, v, where)
+        return backwards(eqn, v, where)
 
-    def is_moved(self, i: int, rule: Any) -> bool:
-        """Whether an equation only repeats or moves the entries of one operand."""
+    def is_moved(self, i: int, rule: Any, v: Var) -> bool:
+        """Whether an equation only repeats or moves entries, for one other equation."""
         eqn = self.straight.eqns[i]
         is_movement = eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze")
-        return is_movement and rule.operands[0] is not None
+        return is_movement and rule.operands[0] is not None and self.uses[v] == 1
 
     def origins(self, v: Any, where: At, seen: set[Any] | None = None) -> set[Any]:
         """What a value with these elements is made of, if it is followed back.
@@ -287,7 +286,7 @@ class _Finder:
     def demand_operands(self, eqn: Any, rule: Any, where: At) -> None:
         for v, axis in zip(eqn.invars, rule.operands, strict=True):
             if axis is not None:
-                self.demand(v, where._replace(axis=axis), name(eqn))
+                self.demand(v, where._replace(axis=axis), described(eqn))
 
     def looked_into(self, i: int, eqn: Any) -> list[Facts]:
         """What is known of the jaxprs in a loop or branch."""
@@ -305,20 +304,20 @@ class _Finder:
 
     def operator(self, eqn: Any) -> None:
         where = At(eqn.params["placement"], eqn.params["n"], 0)
-        for v, is_own in zip(eqn.invars, _operands_placed(eqn), strict=True):
+        for v, is_own in zip(eqn.invars, operands_placed(eqn), strict=True):
             if is_own:
-                self.demand(v, where, name(eqn))
+                self.demand(v, where, described(eqn))
             elif self.placed(v):
                 raise PlanError(
-                    f"drjax.make_plan: {name(eqn)} sends every element a value that is "
-                    f"placed over {self.at[v].placement!r}, as {self.why[v]} says, "
-                    "whole. Each element has its own part of it: pass it as an "
+                    f"drjax.make_plan: {described(eqn)} sends every element a value "
+                    f"that is placed over {self.at[v].placement!r}, as {self.why[v]} "
+                    "says, whole. Each element has its own part of it: pass it as an "
                     "argument of the mapped function, or reduce it first."
                 )
             elif is_var(v):
                 self.whole.add(v)
-        for v in pick(eqn.outvars, _results_placed(eqn)):
-            self.settle(v, where, name(eqn))
+        for v in pick(eqn.outvars, results_placed(eqn)):
+            self.settle(v, where, described(eqn))
 
     def arithmetic(self, i: int, eqn: Any) -> None:
         wheres = [self.at.get(v) if is_var(v) else None for v in eqn.invars]
@@ -328,12 +327,12 @@ class _Finder:
         self.demand_operands(eqn, rule, where)
         if isinstance(rule, _rules.Placed):
             for v, axis in zip(eqn.outvars, rule.results, strict=True):
-                self.found(v, where._replace(axis=axis), name(eqn))
+                self.found(v, where._replace(axis=axis), described(eqn))
 
     def flow(self, i: int, eqn: Any) -> None:
         """Looks into a loop or branch, and tells both sides of each port."""
         flows: list[Facts] = []
-        by = name(eqn)
+        by = described(eqn)
         for port, body in zip(_ports(eqn), self.bodies(i, eqn), strict=True):
             seeds = {
                 v: _shifted(self.at[eqn.invars[j]], -shift, eqn)
@@ -430,84 +429,15 @@ def communicates(facts: Facts) -> bool:
     )
 
 
-def _shifted(where, by, eqn):
-    if where.axis + by < 0:
-        raise PlanError(
-            f"drjax.make_plan: {name(eqn)} goes through the elements of "
-            f"{where.placement!r} one after the other. Use drjax.map_fn for what is "
-            "done to each, and drjax.reduce_* for what is combined."
-        )
-    return where._replace(axis=where.axis + by)
-
-
-OF_PLACEMENT = {*_OF_SERVER_VALUES, *REDUCTIONS}
-
-
-def _operands_placed(eqn):
-    if eqn.primitive is map_p:
-        return eqn.params["in_placed"]
-    return [eqn.primitive in REDUCTIONS] * len(eqn.invars)
-
-
-def _results_placed(eqn):
-    if eqn.primitive is map_p:
-        return eqn.params["out_placed"]
-    return [eqn.primitive not in REDUCTIONS]
-
-
-def is_repeated(eqn: Any, where: At) -> bool:
-    """Whether an equation makes a placed value of server values, or of none."""
-    if eqn.primitive in _OF_SERVER_VALUES:
-        return True
-    if eqn.primitive.name == "iota":
-        return eqn.params["dimension"] == where.axis
-    is_broadcast = eqn.primitive.name == "broadcast_in_dim"
-    return is_broadcast and where.axis not in eqn.params["broadcast_dimensions"]
-
-
-def _backwards(eqn, result, where):
-    """The rule by which an operand's axis becomes that of a result, if there is one."""
-    if not _rules.is_known(eqn.primitive):
-        return None
-    k = eqn.outvars.index(result)
-    for i, v in enumerate(eqn.invars):
-        for axis, size in enumerate(getattr(v.aval, "shape", ())):
-            axes = [axis if j == i else None for j in range(len(eqn.invars))]
-            if size == where.n:
-                rule = _rules.find(eqn, axes, where.n)
-                if isinstance(rule, _rules.Placed) and rule.results[k] == where.axis:
-                    return rule
-    return None
-
-
-def rule_of(eqn: Any, wheres: Sequence[At | None], where: At, by: str) -> Any:
-    """What an equation on placed values does; PlanError if it mixes elements."""
-    op, over = name(eqn), repr(where.placement)
-    if any(w is not None and w[:2] != where[:2] for w in wheres):
-        raise PlanError(
-            f"drjax.make_plan: {op} combines values of different placements. Reduce "
-            "over one of them first, or do it in a function mapped over the other."
-        )
-    if not _rules.is_known(eqn.primitive):
-        raise PlanError(
-            f"drjax.make_plan: {op} on a value placed over {over}: what it does to "
-            "the elements is not known. Do it in the function given to drjax.map_fn."
-        )
-    rule = _rules.find(eqn, [w and w.axis for w in wheres], where.n)
-    if rule is None:
-        raise PlanError(
-            f"drjax.make_plan: {op} mixes the elements of {over}, which are on axis "
-            f"{where.axis} of its operand, as {by} says. An element is alone until a "
-            "reduction: use drjax.reduce_*, or do it in the function given to "
-            "drjax.map_fn if it is meant for each element."
-        )
-    return rule
-
-
 def _elements(where: At) -> str:
     return f"the {where.n} elements of {where.placement!r} on axis {where.axis}"
 
 
-def name(eqn: Any) -> str:
-    """An equation's primitive, and the line of code that it comes from."""
-    return f"{eqn.primitive.name} ({source_info_util.summarize(eqn.source_info)})"
+def _shifted(where, by, eqn):
+    if where.axis + by < 0:
+        raise PlanError(
+            f"drjax.make_plan: {described(eqn)} goes through the elements of "
+            f"{where.placement!r} one after the other. Use drjax.map_fn for what is "
+            "done to each, and drjax.reduce_* for what is combined."
+        )
+    return where._replace(axis=where.axis + by)

@@ -84,7 +84,7 @@ class MapReduce:
         """Serialises what elements do with `jax.export`, to run without this library.
 
         `jax.export.deserialize(data).call(...)` takes the body's arguments and gives
-        its results; with a `chunk`, those of c elements at once:
+        its results; with a `chunk`, those of c elements at once::
 
             (count, index, *server inputs, *placed inputs)
                 -> (*reduced values, *placed outputs)

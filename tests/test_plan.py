@@ -396,6 +396,16 @@ def test_an_element_is_handed_the_least_that_its_part_is_made_of():
     assert_close(drjax.run_plan(plan, mask, XS), fn(mask, XS))
 
 
+def test_what_is_handed_out_in_another_shape_may_be_used_whole_in_it():
+    def fn(weights, x):
+        column = weights.reshape(N, 1)
+        return sines(x) * column, jnp.sort(column, axis=0)
+
+    plan = drjax.make_plan(program(fn), in_specs=(OF_THE_SERVER, None))(ROW, SQUARE)
+    assert plan.rounds == 1
+    assert_close(drjax.run_plan(plan, ROW, SQUARE), program(fn)(ROW, SQUARE))
+
+
 def test_a_long_chain_of_arithmetic_is_followed_back():
     @program
     def fn(x):
