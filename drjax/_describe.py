@@ -30,14 +30,21 @@ class Round(NamedTuple):
     down: Values  # The same for all elements,
     scattered: Values  # and handed out to them by the server, to each its part.
     own: Values
+    kept_before: Values  # By an earlier round, for this one.
     up: Values
-    kept: Values
+    kept: Values  # For later stages,
+    results: Values  # and for good.
     flops: Flops
 
 
 def of_round(plan: Plan, stage: MapReduce) -> Round:
     handed_out = [i for i in stage.placed_inputs if i in plan.scattered]
-    own = [i for i in stage.placed_inputs if i not in plan.scattered]
+    rounds = [s for s in plan.stages if isinstance(s, MapReduce)]
+    made = {i for s in rounds for i in s.placed_outputs}
+    own = [i for i in stage.placed_inputs if i not in plan.scattered | made]
+    again = [i for i in stage.placed_inputs if i in made]
+    kept = plan.residuals(stage)
+    results = [i for i in stage.placed_outputs if i not in kept]
     operations = " ".join(sorted({operation for operation, _ in stage.reductions}))
 
     def values(title: str, avals: Sequence[Any]) -> Values:
@@ -49,8 +56,10 @@ def of_round(plan: Plan, stage: MapReduce) -> Round:
         values("down", [plan.avals[i] for i in stage.server_inputs]),
         values("scattered", [plan.element(i) for i in handed_out]),
         values("own", [plan.element(i) for i in own]),
+        values("kept before", [plan.element(i) for i in again]),
         values(f"up, {operations}", [plan.avals[i] for _, i in stage.reductions]),
-        values("kept", [plan.element(i) for i in stage.placed_outputs]),
+        values("kept", [plan.element(i) for i in kept]),
+        values("results", [plan.element(i) for i in results]),
         flops(stage.body),
     )
 
@@ -118,7 +127,7 @@ def text(plan: Plan) -> list[str]:
 
 def _rows(stage: MapReduce, r: Round) -> list[str]:
     lines = []
-    for values in (r.down, r.scattered, r.own, r.up, r.kept):
+    for values in r[:-1]:
         if values.types:
             in_all = amount(stage.n * values.bytes, "B")
             size = f"{amount(values.bytes, 'B')} each, {in_all} in all"

@@ -8,14 +8,17 @@ from drjax._flops import flops
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
 
 _STYLE = """
-.drjax-plan { font: 14px/1.4 system-ui, sans-serif; max-width: 60em; }
+.drjax-plan { font: 14px/1.4 system-ui, sans-serif; max-width: 60em; overflow-x: auto;
+  padding-bottom: 1em; }
+.drjax-plan > div { min-width: 48em; }
 .drjax-plan .row { display: grid; grid-template-columns: 15em 1fr 16em; }
 .drjax-plan .lane { display: flex; justify-content: center; align-items: center;
   background: linear-gradient(#8886 0 0) center / 2px 100% no-repeat; }
 .drjax-plan .card { border: 1px solid #8888; border-radius: 6px; padding: .5em .8em;
   margin: .4em 0; background: #dbe9fb; color: #123; width: 100%; box-sizing: border-box;
   overflow-wrap: anywhere; }
-.drjax-plan .elements { background: #fdebcf; margin: .5em 10px .9em 0;
+.drjax-plan .elements { background: #fdebcf; width: calc(100% - 12px);
+  margin: .5em 12px .9em 0;
   box-shadow: 5px 5px 0 -1px #fdebcf, 5px 5px 0 0 #8888,
               10px 10px 0 -1px #fdebcf, 10px 10px 0 0 #8888; }
 .drjax-plan .wire { display: flex; flex-direction: column; justify-content: center;
@@ -92,7 +95,7 @@ def _round(plan: Plan, stage: MapReduce) -> str:
     ]
     notes = [
         f"{values.title}: {values} ({amount(values.bytes, 'B')})"
-        for values in (r.own, r.kept)
+        for values in (r.own, r.kept_before, r.kept, r.results)
         if values.types
     ]
     head = f"{stage.n} × {stage.placement}"

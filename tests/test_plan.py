@@ -25,6 +25,8 @@ from programs import (
 )
 
 import drjax
+from drjax._jaxprs import is_var
+from drjax._straighten import straighten
 from drjax.plan import Branch, MapReduce, Scan, Server, While
 
 
@@ -184,6 +186,37 @@ def test_an_algorithm_is_as_many_rounds_as_it_needs(run, fn):
     check_stages(plan)
     assert plan.rounds == ALGORITHMS[fn]
     assert_close(run(plan, W, XS), jax.jit(fn)(W, XS))
+
+
+def rounds_needed(fn, args, is_placed):
+    """The longest chain of reductions, each of which waits for the one before.
+
+    A round reduces what needs as many reductions as there were rounds before it, and
+    makes the placed results that do.
+    """
+    straight = straighten(jax.make_jaxpr(fn)(*args))
+    level = dict.fromkeys(straight.invars, 0) | dict.fromkeys(straight.constants, 0)
+    for eqn in straight.eqns:
+        before = max((level[v] for v in eqn.invars if is_var(v)), default=0)
+        is_reduction = eqn.primitive.name.startswith("drjax_reduce")
+        placed = eqn.params.get("out_placed", [not is_reduction] * len(eqn.outvars))
+        for v, stays in zip(eqn.outvars, placed, strict=True):
+            level[v] = before + (not stays)
+    outs = zip(straight.outvars, is_placed, strict=True)
+    return max([*level.values(), *(level[v] + 1 for v, placed in outs if placed)])
+
+
+@pytest.mark.parametrize("name", ["itself", "gradient"])
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_a_plan_has_as_many_rounds_as_reductions_wait_for_each_other(case, name):
+    if name == "gradient" and not case.reverse:
+        pytest.skip("It has no gradient.")
+    fn, xs = of_floats(case.run, case.args)
+    fn = TRANSFORMATIONS[name](fn, xs)
+    plan = drjax.make_plan(fn)(*xs)
+    if not plan.inner:
+        is_placed = [i in plan.at for i in plan.outputs]
+        assert plan.rounds == rounds_needed(fn, xs, is_placed)
 
 
 @ENGINE

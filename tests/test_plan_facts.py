@@ -338,7 +338,8 @@ def test_the_bytes_of_a_round_are_those_of_what_is_sent():
     assert r.scattered.bytes == 1  # The mask; nobody uses the key.
     assert r.own.bytes == XS[0].nbytes
     assert r.up.bytes == jnp.zeros((4, 2)).nbytes
-    assert r.kept.bytes == 4
+    assert r.results.bytes == 4
+    assert r.kept.bytes == r.kept_before.bytes == 0
     assert r.flops.total == 2 * 4 * 3 * 2 + 4 * 2 + 4 * 2 + (4 * 3 - 1)
 
 
@@ -413,6 +414,8 @@ def test_a_recomputing_round_reads_nothing_that_a_round_kept():
     plan = drjax.make_plan(program(jax.grad(objective)))(W, XS)
     first, second = rounds(plan)
     assert plan.residuals(first)
+    kept, read = of_round(plan, first), of_round(plan, second)
+    assert kept.kept.types == read.kept_before.types
     assert not plan.residuals(second)
     again = plan.recomputed()
     assert all(not again.residuals(stage) for stage in rounds(again))
