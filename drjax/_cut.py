@@ -74,14 +74,12 @@ class Cutter:
     def _part(self, i: int, eqn: Any) -> Any:
         if eqn.primitive is map_p or eqn.primitive in OF_PLACEMENT:
             return eqn.params["placement"], eqn.params["n"]
+        variables = filter(is_var, [*eqn.outvars, *eqn.invars])
+        of = next((self.at[v][:2] for v in variables if v in self.at), None)
         if inner := self.facts.flows.get(i):
             placed = all(v in self.at for v in eqn.outvars if v in self.used)
-            if not placed or any(map(communicates, inner)):
-                return i
-        elif i not in self.facts.rules and not self._is_repeated(i):
-            return None
-        variables = filter(is_var, [*eqn.outvars, *eqn.invars])
-        return next(self.at[v] for v in variables if v in self.at)[:2]
+            return i if not placed or any(map(communicates, inner)) else of or i
+        return of if i in self.facts.rules or self._is_repeated(i) else None
 
     def _ready(self, v: Var) -> int:
         """The first round that can use a value."""
