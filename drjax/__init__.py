@@ -24,6 +24,8 @@ from drjax._operators import (
 )
 from drjax._program import OperatorUndefinedError, program
 from drjax._reference import run_plan
+from drjax._sources import Elements
+from drjax._streaming import streaming
 from drjax.plan import Plan
 
 # In messages and profiles an operator comes from the line that calls it.
@@ -32,6 +34,7 @@ _source_info_util.register_exclusion(_path.join(_path.dirname(__file__), ""))
 __version__ = "0.3.0.dev0"
 
 __all__ = [
+    "Elements",
     "OperatorUndefinedError",
     "Plan",
     "PlanError",
@@ -47,4 +50,5 @@ __all__ = [
     "reduce_sum",
     "reduce_weighted_mean",
     "run_plan",
+    "streaming",
 ]

@@ -34,7 +34,7 @@ from jax.extend.core import Primitive, mapped_aval, unmapped_aval
 from jax.interpreters import batching, mlir
 
 from drjax._compat import ClosedJaxpr
-from drjax._jaxprs import cached_by_jaxpr, equations
+from drjax._jaxprs import cached_by_jaxpr, in_equation, in_jaxpr
 
 # Measured on CPU. A convolution stays one if it needs more slices than that, or if its
 # taps side by side, for one element, are more numbers than that.
@@ -123,27 +123,26 @@ def of_many(jaxpr: ClosedJaxpr, m: int) -> ClosedJaxpr:
     return _replaced(jaxpr, new_params)
 
 
+def as_matmuls(eqn: Any) -> Any:
+    """An equation, and those inside it, with matmuls for convolutions."""
+
+    def replace(eqn):
+        if eqn.primitive is not lax.conv_general_dilated_p:
+            return eqn
+        return eqn.replace(primitive=convolution_p, params=dict(eqn.params, mapped=0))
+
+    return in_equation(replace, eqn, lax.conv_general_dilated_p.name)
+
+
 def _replaced(jaxpr: Any, new_params: Any) -> Any:
     """Makes `convolution_p` of convolutions, also in the jaxprs inside."""
-    if isinstance(jaxpr, tuple):
-        return tuple(_replaced(inner, new_params) for inner in jaxpr)
-    if hasattr(jaxpr, "jaxpr") and jaxpr.jaxpr is not jaxpr:
-        inner = _replaced(jaxpr.jaxpr, new_params)
-        return jaxpr if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
-    if not hasattr(jaxpr, "eqns") or not any(equations(jaxpr, _NAME)):
-        return jaxpr
-    eqns = []
-    for eqn in jaxpr.eqns:
+
+    def replace(eqn):
         if eqn.primitive is not lax.conv_general_dilated_p:
-            params = {k: _replaced(v, new_params) for k, v in eqn.params.items()}
-            eqn = eqn.replace(params=params)
-        elif params := new_params(eqn.params):
-            eqn = eqn.replace(primitive=convolution_p, params=params)
-        eqns.append(eqn)
-    return jaxpr.replace(eqns=eqns)
+            return eqn
+        return eqn.replace(primitive=convolution_p, params=new_params(eqn.params))
 
-
-_NAME = lax.conv_general_dilated_p.name
+    return in_jaxpr(replace, jaxpr, lax.conv_general_dilated_p.name)
 
 
 #

@@ -1,6 +1,5 @@
 """What an engine runs elsewhere: a stage's function, also of many elements at once."""
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,9 @@ from jax import lax
 from jax.extend.core import unmapped_aval
 
 from drjax._compat import ClosedJaxpr
+from drjax._convolutions import of_elements
 from drjax._jaxprs import as_fun, equations, key_types, struct
+from drjax._sums import summed_over
 
 
 class Operation(NamedTuple):
@@ -56,7 +57,7 @@ OPERATIONS = {
 }
 
 
-def of_chunk(stage: Any) -> Callable[..., list[Any]]:
+def of_chunk(stage: Any, *, whole: bool = False) -> Callable[..., list[Any]]:
     """The function of c elements at once that a round computes.
 
     `(count, index, *server inputs, *placed inputs) -> (*reduced, *placed outputs)`. The
@@ -64,29 +65,49 @@ def of_chunk(stage: Any) -> Callable[..., list[Any]]:
     values. The first `count` of them are valid, and only these are in what is reduced.
     The others run as the first one once more, whatever they hold, and what they give is
     selected away: a NaN, or a loop that would not end, does not matter.
+
+    With `whole`, all are valid and there is no `count`.
     """
     n_server, n_reduced = len(stage.server_inputs), len(stage.reductions)
-    body = as_fun(stage.body)
+    operations = [operation for operation, _ in stage.reductions]
+    summed = [operation == "sum" for operation in operations]
+    is_output = [False] * len(stage.placed_outputs)
+    # JAX draws other numbers under vmap from keys of these kinds.
+    one_by_one = any("rbg" in dtype for dtype in key_types(stage.body))
+    own = [True] + [False] * n_server + [True] * len(stage.placed_inputs)
+    body = summed_over(of_elements(stage.body), own, [*summed, *is_output])
 
-    def run(count, index, *args):
-        server, placed = args[:n_server], args[n_server:]
-        is_valid = jnp.arange(index.shape[0], dtype=count.dtype) < count
-        select = functools.partial(_select, is_valid)
-        own = [select(x, x[:1]) for x in (index, *placed)]
-
-        def one(index, *own):
-            return body(index, *server, *own)
-
-        # JAX draws other numbers under vmap from keys of these kinds.
-        if any("rbg" in dtype for dtype in key_types(stage.body)):
-            outs = lax.map(lambda own: one(*own), own)
+    def run(*args):
+        count, (index, *rest) = (None, args) if whole else (args[0], args[1:])
+        server, placed = rest[:n_server], rest[n_server:]
+        is_valid = None
+        own = [index, *placed]
+        if count is not None:
+            is_valid = jnp.arange(index.shape[0], dtype=count.dtype) < count
+            own = [_select(is_valid, x, x[:1]) for x in own]
+        if one_by_one:
+            outs = lax.map(
+                lambda own: as_fun(stage.body)(own[0], *server, *own[1:]), own
+            )
+            is_summed = [False] * n_reduced
         else:
-            outs = jax.vmap(one, axis_size=index.shape[0])(*own)
+            mapped = jax.vmap(
+                lambda is_valid, index, *own: body(is_valid, index, *server, *own),
+                out_axes=[None if is_sum else 0 for is_sum in [*summed, *is_output]],
+                axis_size=index.shape[0],
+            )
+            outs, is_summed = mapped(is_valid, *own), summed
         reduced = []
-        for (name, _), x in zip(stage.reductions, outs[:n_reduced], strict=True):
-            operation = OPERATIONS[name]
-            x = select(x, jnp.full((), operation.identity(x.dtype), x.dtype))
-            reduced.append(operation.reduce(x, axis=0).astype(x.dtype))
+        for name, x, is_sum in zip(
+            operations, outs[:n_reduced], is_summed, strict=True
+        ):
+            if not is_sum:
+                operation = OPERATIONS[name]
+                if is_valid is not None:
+                    identity = jnp.full((), operation.identity(x.dtype), x.dtype)
+                    x = _select(is_valid, x, identity)
+                x = operation.reduce(x, axis=0).astype(x.dtype)
+            reduced.append(x)
         return [*reduced, *outs[n_reduced:]]
 
     return run

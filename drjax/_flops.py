@@ -31,11 +31,11 @@ def flops(jaxpr: Any) -> Flops:
     Of branches it takes the one with most. A while loop counts for one trip, and what
     is not known here, a callback say, for nothing; then it is `at_least` that many.
     """
-    parts = [_of_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns]
+    parts = [of_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns]
     return Flops(sum(f.total for f in parts), any(f.at_least for f in parts))
 
 
-def _of_equation(eqn):
+def of_equation(eqn):
     name, params = eqn.primitive.name, eqn.params
     is_float = any(map(_is_float, eqn.outvars))
     is_solve = name == "custom_linear_solve"  # Its other jaxprs are for derivatives.

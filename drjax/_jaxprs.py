@@ -157,6 +157,28 @@ def equations(jaxpr: Any, primitive_name: str) -> Iterator[Any]:
     return (eqn for eqn in _all(jaxpr) if eqn.primitive.name == primitive_name)
 
 
+def in_jaxpr(fn: Callable[[Any], Any], jaxpr: Any, name: str) -> Any:
+    """Applies `fn` to the equations of a jaxpr that are, or hold, some of that name."""
+    if hasattr(jaxpr, "jaxpr") and jaxpr.jaxpr is not jaxpr:
+        inner = in_jaxpr(fn, jaxpr.jaxpr, name)
+        return jaxpr if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
+    if not any(equations(jaxpr, name)):
+        return jaxpr
+    return jaxpr.replace(eqns=[in_equation(fn, eqn, name) for eqn in jaxpr.eqns])
+
+
+def in_equation(fn: Callable[[Any], Any], eqn: Any, name: str) -> Any:
+    """Applies `fn` to an equation, after those of that name that are inside."""
+
+    def param(value):
+        if isinstance(value, tuple) and any(hasattr(x, "eqns") for x in value):
+            values = map(param, value)
+            return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
+        return in_jaxpr(fn, value, name) if hasattr(value, "eqns") else value
+
+    return fn(eqn.replace(params={k: param(v) for k, v in eqn.params.items()}))
+
+
 def names(jaxpr: Any) -> set[str]:
     """The names of the primitives in a jaxpr and in those inside it."""
     return {eqn.primitive.name for eqn in _all(jaxpr)}

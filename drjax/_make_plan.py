@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import Var, jaxprs_in_params
 from jax.sharding import PartitionSpec
 
@@ -48,6 +49,7 @@ def make_plan(
     Raises:
       PlanError: if an operation on a placed value mixes its elements, or is not known;
         or if what is said of arguments and results is not how they are used.
+      TypeError: if `fn` closes over a value that is being traced.
 
     Example:
       >>> import jax
@@ -88,9 +90,18 @@ def make_plan(
             out_trees.append(out_tree)
             return outs
 
-        jaxpr = jax.make_jaxpr(flat)(*map(_without_sharding, leaves))
-        straight = straighten(without_shardings(jaxpr))
-        out_tree = out_trees[-1]
+        jaxpr = jax.make_jaxpr(flat)(*map(without_sharding, leaves))
+        with _mesh.without_mesh():  # A plan has none.
+            return cut(without_shardings(jaxpr), in_tree, out_trees[-1])
+
+    def cut(jaxpr: Any, in_tree: Any, out_tree: Any) -> Plan:
+        straight = straighten(jaxpr)
+        if any(isinstance(x, Tracer) for x in straight.constants.values()):
+            raise TypeError(
+                "drjax.make_plan: the function closes over a value that an outer "
+                "jax.jit, jax.grad or other transformation traces. A plan is data: "
+                "make it outside, of the transformed function."
+            )
         specs = tuple(in_specs) if isinstance(in_specs, list) else in_specs, None
         inputs = _stated("in_specs", specs, in_tree, straight.invars, straight)
         outputs = _stated("out_specs", out_specs, out_tree, straight.outvars, straight)
@@ -134,7 +145,7 @@ def make_plan(
     return planned
 
 
-def _without_sharding(x: Any) -> Any:
+def without_sharding(x: Any) -> Any:
     """An argument, for a plan is for engines that have no such mesh."""
     if isinstance(x, jax.Array):
         weak_type = jax.typeof(x).weak_type

@@ -96,9 +96,8 @@ def of_with_statement() -> jax.sharding.Mesh | None:
     """
     if is_eager() or not jax.sharding.get_abstract_mesh().empty:
         return None
-    scalar = ShapedArray((), jax.numpy.dtype("float32"))
     try:
-        jaxpr, _ = trace(_constrained, [scalar], _CONSTRAINED_INFO)
+        jaxpr, _ = trace(_constrained, [_SCALAR], _CONSTRAINED_INFO)
     except RuntimeError:  # There is none.
         return None
     return jaxpr.jaxpr.eqns[0].params["sharding"].mesh
@@ -108,6 +107,7 @@ def _constrained(x: Any) -> list[Any]:
     return [jax.lax.with_sharding_constraint(x, P())]
 
 
+_SCALAR = ShapedArray((), jax.numpy.dtype("float32"))
 _CONSTRAINED_INFO = jax.api_util.debug_info("drjax", _constrained, (0.0,), {})
 
 
@@ -154,7 +154,22 @@ def without_explicit_axes() -> Any:
     """The context without the installed mesh, if its axes would be in types."""
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return contextlib.nullcontext()
+    return without_mesh()
+
+
+def without_mesh() -> Any:
+    """The context without the installed mesh."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+@functools.lru_cache(maxsize=128)
+def context_without_mesh(context: Any) -> Any:
+    """An equation's context, of which the mesh is none."""
+    if context.cur_abstract_mesh.empty:
+        return context
+    with context.manager, without_mesh():
+        jaxpr, _ = trace(lambda x: [jax.lax.neg(x)], [_SCALAR], _CONSTRAINED_INFO)
+    return jaxpr.jaxpr.eqns[0].ctx
 
 
 @functools.partial(_compat.inlined_jit, static_argnames=("placement", "mesh"))

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from drjax._export import OPERATIONS
 from drjax._jaxprs import as_fun
-from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While
+from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While, reads_of
 
 
 def run_plan(plan: Plan, *args: Any, **kwargs: Any) -> Any:
@@ -46,36 +47,43 @@ def run_plan(plan: Plan, *args: Any, **kwargs: Any) -> Any:
                 f"drjax.run_plan: the plan is for an argument of type {want}, but got "
                 f"{got}. Make a plan for these arguments."
             )
-    outs = interpret(plan, [*map(_as_array, leaves)], _run_round)
-    return jax.tree.unflatten(plan.out_tree, map(_as_array, outs))
+    outs = interpret(plan, [*map(as_array, leaves)], _run_server, _run_round)
+    return jax.tree.unflatten(plan.out_tree, map(as_array, outs))
 
 
-def _as_array(x: Any) -> Any:
+def as_array(x: Any) -> Any:
     """An argument or result as jit has it."""
     is_float0 = getattr(x, "dtype", None) == jax.dtypes.float0
     return x if is_float0 else jnp.asarray(x)
 
 
-# Runs a round: reads and writes values by number.
-RunRound = Callable[[Plan, MapReduce, dict[int, Any]], None]
+# Runs a server's stage, or a round: reads and writes values by number.
+Run = Callable[[Plan, Any, dict[int, Any]], None]
 
 
-def interpret(plan: Plan, inputs: Sequence[Any], run_round: RunRound) -> list[Any]:
-    """Runs a plan's stages in order, its rounds as `run_round` does."""
+def interpret(plan: Plan, inputs: Sequence[Any], run_server: Run, run_round: Run):
+    """Runs a plan's stages in order; returns its results leaf by leaf.
+
+    A value is let go when no later stage reads it.
+    """
     env = dict(plan.constants)
-    env.update((i, jnp.int32(n)) for i, (_, n) in plan.sizes.items())
+    env.update((i, np.int32(n)) for i, (_, n) in plan.sizes.items())
     env.update(zip(plan.inputs, inputs, strict=True))
+    last = {i: k for k, stage in enumerate(plan.stages) for i in reads_of(stage)}
 
-    def read(ids):
-        return [env[i] for i in ids]
+    def read(numbers):
+        return [env[i] for i in numbers]
 
-    def write(ids, values):
-        env.update(zip(ids, values, strict=True))
+    def write(numbers, values):
+        env.update(zip(numbers, values, strict=True))
 
-    for stage in plan.stages:
+    def run(inner, inputs):
+        return interpret(inner, inputs, run_server, run_round)
+
+    for k, stage in enumerate(plan.stages):
         match stage:
             case Server():
-                write(stage.outputs, as_fun(stage.jaxpr)(*read(stage.inputs)))
+                run_server(plan, stage, env)
             case MapReduce():
                 run_round(plan, stage, env)
             case Scan():
@@ -84,7 +92,7 @@ def interpret(plan: Plan, inputs: Sequence[Any], run_round: RunRound) -> list[An
                 steps = range(stage.length)
                 for t in reversed(steps) if stage.reverse else steps:
                     xs = [x[t] for x in read(stage.xs)]
-                    outs = interpret(stage.body, [*constants, *carry, *xs], run_round)
+                    outs = run(stage.body, [*constants, *carry, *xs])
                     carry, ys[t] = outs[: len(carry)], outs[len(carry) :]
                 write(stage.carry, carry)
                 stacked = [jnp.stack(y) for y in zip(*ys, strict=True)]
@@ -95,15 +103,22 @@ def interpret(plan: Plan, inputs: Sequence[Any], run_round: RunRound) -> list[An
             case While():
                 constants, carry = read(stage.body_constants), read(stage.init)
                 given = read(stage.predicate_constants)
-                while interpret(stage.predicate, [*given, *carry], run_round)[0]:
-                    carry = interpret(stage.body, [*constants, *carry], run_round)
+                while run(stage.predicate, [*given, *carry])[0]:
+                    carry = run(stage.body, [*constants, *carry])
                 write(stage.carry, carry)
             case Branch():
-                last = len(stage.branches) - 1
-                branch = stage.branches[min(max(int(env[stage.index]), 0), last)]
-                operands = read(stage.operands)
-                write(stage.results, interpret(branch, operands, run_round))
+                last_branch = len(stage.branches) - 1
+                branch = stage.branches[min(max(int(env[stage.index]), 0), last_branch)]
+                write(stage.results, run(branch, read(stage.operands)))
+        for i in reads_of(stage):
+            if last[i] == k and i not in plan.outputs:
+                env.pop(i, None)
     return read(plan.outputs)
+
+
+def _run_server(plan: Plan, stage: Server, env: dict[int, Any]) -> None:
+    outs = as_fun(stage.jaxpr)(*(env[i] for i in stage.inputs))
+    env.update(zip(stage.outputs, outs, strict=True))
 
 
 def _run_round(plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:

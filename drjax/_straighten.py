@@ -1,16 +1,18 @@
 """A jaxpr without calls, which are looked through, and without a mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax import lax, typeof
 from jax.extend import source_info_util
-from jax.extend.core import Var, gensym, jaxpr_as_fun
+from jax.extend.core import Literal, Var, gensym, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from drjax._compat import ClosedJaxpr
 from drjax._jaxprs import is_var, names, trace
+from drjax._mesh import context_without_mesh
 from drjax._ports import operand_bounds
 
 _CALLS = {
@@ -42,7 +44,13 @@ def without_shardings(jaxpr: Any) -> Any:
     same: dict[Var, Any] = {}
 
     def read(atom):
-        return same.get(atom, atom) if is_var(atom) else atom
+        if is_var(atom):
+            return same.get(atom, atom)
+        sharding = getattr(atom.aval, "sharding", None)
+        if sharding is None or sharding.mesh.empty:
+            return atom
+        value = np.asarray(atom.val)  # JAX's own literal has a mesh.
+        return Literal(value, typeof(value))
 
     def param(value):
         if isinstance(value, tuple) and any(hasattr(x, "eqns") for x in value):
@@ -59,7 +67,8 @@ def without_shardings(jaxpr: Any) -> Any:
             same.update(zip(eqn.outvars, operands, strict=True))
         else:
             params = {key: param(value) for key, value in eqn.params.items()}
-            eqns.append(eqn.replace(invars=operands, params=params))
+            ctx = context_without_mesh(eqn.ctx)
+            eqns.append(eqn.replace(invars=operands, params=params, ctx=ctx))
     new = inner.replace(eqns=eqns, outvars=[*map(read, inner.outvars)])
     return ClosedJaxpr(new, consts) if hasattr(jaxpr, "consts") else new
 
@@ -115,9 +124,9 @@ def _with_one_predicate(eqn: Any, info: Any) -> ClosedJaxpr:
     return jaxpr
 
 
-def straighten(jaxpr: Any) -> Straight:
-    """Inlines the calls in a jaxpr, and drops what no result needs."""
-    newvar = gensym()
+def straighten(jaxpr: Any, left: Collection[str] = ()) -> Straight:
+    """Inlines the calls in a jaxpr, but for those `left`, and drops what is unused."""
+    calls, newvar = _CALLS.difference(left), gensym()
     eqns: list[Any] = []
     constants: dict[Var, Any] = {}
 
@@ -145,7 +154,7 @@ def straighten(jaxpr: Any) -> Straight:
             elif eqn.primitive.name == "custom_linear_solve":
                 called, operands = _solving(eqn, operands)
                 outs = inline(called, operands, own_source)
-            elif eqn.primitive.name in _CALLS and called is not None:
+            elif eqn.primitive.name in calls and called is not None:
                 outs = inline(called, operands, own_source)
             else:
                 outs = [newvar(v.aval) for v in eqn.outvars]

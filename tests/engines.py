@@ -8,14 +8,15 @@ import pytest
 
 import drjax
 from drjax._export import OPERATIONS
-from drjax._reference import interpret
+from drjax._reference import _run_server, interpret
+from drjax._streaming import Engine
 
 CHUNK = 3
 
 
 def in_chunks(plan, *args):
     """Rounds as exported, three elements at a time, with NaN and zeros as padding."""
-    outs = interpret(plan, jax.tree.leaves(args), _round_in_chunks)
+    outs = interpret(plan, jax.tree.leaves(args), _run_server, _round_in_chunks)
     return jax.tree.unflatten(plan.out_tree, outs)
 
 
@@ -51,13 +52,19 @@ def _padded(x):
     return jnp.pad(x, pad, constant_values=value)
 
 
+def streaming(plan, *args):
+    outs = Engine(plan, chunk_size=2).run(jax.tree.leaves(args))
+    return jax.tree.unflatten(plan.out_tree, outs)
+
+
 ENGINES = {
     "reference": drjax.run_plan,
     "recomputed": lambda plan, *args: drjax.run_plan(plan.recomputed(), *args),
     "in chunks": in_chunks,
+    "streaming": streaming,
 }
 # One differs in derivatives only, the other compiles each round.
-SLOW = {"recomputed", "in chunks"}
+SLOW = {"recomputed", "in chunks", "streaming"}
 ENGINE = pytest.mark.parametrize(
     "run",
     [

@@ -1,0 +1,90 @@
+"""Running totals of what chunks reduce, which stay accurate however many there are.
+
+A sum of floats is kept as three arrays: `part`, to which chunks are added; and a pair
+`high + low` with twice the digits, to which `part` is added now and then. What that
+addition rounds away is computed exactly, and goes into `low`:
+
+    s = a + b,  t = s - a,  (a - (s - t)) + (b - t) = (a + b) - s
+
+So the error is that of a few plain additions, for any number of chunks. A sum of floats
+narrower than 32 bits is kept in float32.
+
+References:
+  Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from drjax._export import OPERATIONS
+
+# Chunks that are added to `part` before it is added to the pair: the pair costs as much
+# as four of them.
+FOLD = 32
+
+
+def _is_compensated(operation: str, dtype: Any) -> bool:
+    return operation == "sum" and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def start(operation: str, aval: Any) -> Any:
+    """The total of no chunks."""
+    if _is_compensated(operation, aval.dtype):
+        return tuple(jnp.zeros(aval.shape, _wide(aval.dtype)) for _ in range(3))
+    return jnp.full(aval.shape, OPERATIONS[operation].identity(aval.dtype), aval.dtype)
+
+
+def add(operation: str, total: Any, x: Any) -> Any:
+    """Adds what one chunk gives."""
+    if _is_compensated(operation, x.dtype):
+        part, high, low = total
+        return part + x.astype(part.dtype), high, low
+    return OPERATIONS[operation].combine(total, x).astype(x.dtype)
+
+
+def fold(total: Any) -> Any:
+    """Adds `part` to the pair. It is to be done after `FOLD` chunks at most."""
+    if not isinstance(total, tuple):
+        return total
+    part, high, low = total
+    return jnp.zeros_like(part), *_plus(high, low, part)
+
+
+def merge(operation: str, a: Any, b: Any) -> Any:
+    """The total of two totals; of sums, folded ones."""
+    if isinstance(a, tuple):
+        part, high, low = a
+        return part, *_plus(high, low + b[2], b[1])
+    return OPERATIONS[operation].combine(a, b).astype(a.dtype)
+
+
+def finish(total: Any, dtype: Any) -> Any:
+    """What is reduced, of a folded total."""
+    if not isinstance(total, tuple):
+        return total
+    _, high, low = total
+    return _corrected(high, low).astype(dtype)
+
+
+def _plus(high: Any, low: Any, x: Any) -> tuple[Any, Any]:
+    s = high + x
+    t = s - high
+    return s, low + ((high - (s - t)) + (x - t))
+
+
+def _corrected(high: Any, low: Any) -> Any:
+    """`high + low`; where the sum is infinite, `low` is no number."""
+    if jnp.iscomplexobj(high):
+        parts = ((high.real, low.real), (high.imag, low.imag))
+        return lax.complex(*(_corrected(*pair) for pair in parts))
+    return jnp.where(jnp.isfinite(high), high + low, high)
+
+
+folded = jax.jit(lambda totals: [*map(fold, totals)], donate_argnums=0)
