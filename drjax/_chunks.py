@@ -56,7 +56,7 @@ def choose(
     totals = 3 * sum(map(_bytes, reduced))
     lanes = 1
     if platform == "cpu" and not body.effects:
-        fits = max(1, 8 * _CPU_BYTES // (size * one + totals))
+        fits = max(1, 8 * _CPU_BYTES // max(1, size * one + totals))
         lanes = min(cores, _MAX_LANES, -(-n // size), fits)
     return Chunks(size, lanes, why, lanes * (size * one + totals))
 
