@@ -415,8 +415,8 @@ def test_a_file_is_larger_than_the_memory_it_takes(tmp_path):
     class File:
         shape, dtype, ndim = ({n}, {width}), np.dtype("float32"), 2
 
-        def __getitem__(self, rows):
-            low, high, _ = rows.indices({n})
+        def __getitem__(self, index):
+            low, high, _ = index[0].indices({n})
             count = (high - low) * {width}
             x = np.fromfile({str(tmp_path / "x")!r}, "f4", count, offset=low * {4 * width})
             return x.reshape(-1, {width})
