@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 .PHONY: demo
 demo: $(VENV)/.examples ## train a federated digits model and plot it
@@ -58,6 +58,13 @@ docs: $(VENV)/.dev ## the documentation, into docs/_build/html
 bench: $(VENV)/.dev ## the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# pfl has an environment of its own, for it asks for other versions.
+PEERS := .venv-peers
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/.dev $(PEERS)/.pfl ## the streaming engine beside PyTorch and pfl
+	$(BIN)/python -m benchmarks --only rounds --peers $(PEERS)/bin/python $(ARGS)
+
 .PHONY: format
 format: $(VENV)/.dev ## format, and fix what lint can fix
 	$(BIN)/ruff check --fix
@@ -81,6 +88,12 @@ $(BIN)/python:
 	  echo "$(PYTHON) cannot make virtual environments: its venv or ensurepip module is" \
 	    "missing (on Debian and Ubuntu, the package python3-venv)." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+$(PEERS)/.pfl:
+	@echo "Installing PyTorch and pfl into $(PEERS): several GB."
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet 'pfl[pytorch]==0.6.0'
+	@touch $@
 
 # $(VENV)/.EXTRA says that the project is installed with that extra.
 $(VENV)/.dev $(VENV)/.examples: $(VENV)/.%: pyproject.toml | $(BIN)/python

@@ -10,19 +10,23 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import core
+from benchmarks import core, streaming
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of each ratio")
-    parser.add_argument(
-        "--only", nargs="+", choices=core.FIGURES, default=list(core.FIGURES)
-    )
+    figures = {**core.FIGURES, **streaming.FIGURES}
+    parser.add_argument("--only", nargs="+", choices=figures, default=list(figures))
     parser.add_argument(
         "--incumbent",
         metavar="PYTHON",
         help="the Python of an environment with drjax 0.2.1: shows its ratios too",
+    )
+    parser.add_argument(
+        "--peers",
+        metavar="PYTHON",
+        help="the Python of an environment with pfl[pytorch]: compares with these too",
     )
     options = parser.parse_args()
 
@@ -35,7 +39,8 @@ def main() -> None:
         table.add_column("drjax 0.2.1: ratio", justify="right", no_wrap=True)
     for figure in options.only:
         with console.status(figure):
-            rows = list(core.FIGURES[figure](options.repeats))
+            more = [options.peers] * (figure in streaming.FIGURES)
+            rows = list(figures[figure](options.repeats, *more))
             theirs = {}
             if options.incumbent and figure in core.SHARED:
                 theirs = _incumbent_rows(options.incumbent, figure, options.repeats)

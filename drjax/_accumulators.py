@@ -15,7 +15,6 @@ References:
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -85,6 +84,3 @@ def _corrected(high: Any, low: Any) -> Any:
         parts = ((high.real, low.real), (high.imag, low.imag))
         return lax.complex(*(_corrected(*pair) for pair in parts))
     return jnp.where(jnp.isfinite(high), high + low, high)
-
-
-folded = jax.jit(lambda totals: [*map(fold, totals)], donate_argnums=0)

@@ -206,28 +206,38 @@ class Round:
     def _settled(
         self, size: int, hosted: tuple[int, ...], state: Any, args: Any
     ) -> Any:
-        """A lane's first state, sharded as a chunk's results are."""
-        if len({d for x in jax.tree.leaves(args) for d in _devices(x)}) < 2:
+        """A lane's first state, sharded as what a chunk adds to it."""
+        if all(len(_devices(x)) < 2 for x in jax.tree.leaves(args)):
             return state
         key = "settled", size, hosted, *_shardings(args)
         if key not in self._compiled:
             compiled = self._jitted(size, hosted).lower(state, *args).compile()
-            self._compiled[key] = compiled.output_shardings[0]
+            (totals, buffers), _ = compiled.output_shardings
+            totals = [(x[0],) * 3 if isinstance(x, tuple) else x for x in totals]
+            self._compiled[key] = totals, buffers
         return jax.device_put(state, self._compiled[key])
 
     def _step(self, size: int, hosted: tuple[int, ...], state: Any, args: Any) -> Any:
         """A chunk's compiled function, made in the thread that has JAX's settings."""
         key = size, hosted, *_shardings((state, args))
         if key not in self._compiled:
-            shardings = jax.tree.map(lambda x: x.sharding, state), None
-            step = self._jitted(size, hosted, out_shardings=shardings)
+            options = {}
+            if any(len(_devices(x)) > 1 for x in jax.tree.leaves(args)):
+                shardings = jax.tree.map(lambda x: x.sharding, state)
+                options = dict(out_shardings=(shardings, None))
+            step = self._jitted(size, hosted, **options)
             self._compiled[key] = step.lower(state, *args).compile()
         return self._compiled[key]
 
     def _fold(self, totals: Any) -> Any:
         key = "fold", *_shardings(totals)
         if key not in self._compiled:
-            self._compiled[key] = accumulators.folded.lower(totals).compile()
+            fold = jax.jit(
+                lambda totals: [*map(accumulators.fold, totals)],
+                donate_argnums=0,
+                out_shardings=jax.tree.map(lambda x: x.sharding, totals),
+            )
+            self._compiled[key] = fold.lower(totals).compile()
         return self._compiled[key]
 
     def _jitted(self, size: int, hosted: tuple[int, ...], **options: Any) -> Any:

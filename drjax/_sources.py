@@ -3,9 +3,9 @@
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,14 @@ import numpy as np
 Read = Callable[[int, int], list[np.ndarray]]
 _T = TypeVar("_T")
 _S = TypeVar("_S")
+
+
+class Sequence(Protocol):
+    """What is read by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
 
 
 class Elements:
@@ -43,8 +51,8 @@ class Elements:
       503.5
     """
 
-    def __init__(self, source: Sequence[Any] | Iterable[Any], n: int | None = None):
-        self.source = source
+    def __init__(self, source: Sequence | Iterable[Any], n: int | None = None):
+        self.source: Any = source
         self.is_indexable = hasattr(source, "__getitem__") and hasattr(
             source, "__len__"
         )
@@ -53,7 +61,7 @@ class Elements:
                 "drjax.Elements: a source is a sequence, with __len__ and __getitem__, "
                 f"or an iterable, but got {type(source).__name__}."
             )
-        size = len(source) if hasattr(source, "__len__") else None  # pyright: ignore
+        size = len(source) if hasattr(source, "__len__") else None
         if n is None and size is None:
             raise TypeError(
                 "drjax.Elements: how many elements an iterable of type "
@@ -61,7 +69,7 @@ class Elements:
             )
         if None not in (n, size) and n != size:
             raise ValueError(f"drjax.Elements: n is {n}, but the source has {size}.")
-        self.n: int = size if n is None else n  # pyright: ignore
+        self.n: int = size if n is None else n
         self.is_one_shot = not self.is_indexable and iter(source) is source
         self._ahead: list[Any] = []  # What was taken from a one-shot source to look.
 
@@ -69,7 +77,7 @@ class Elements:
     def element(self) -> Any:
         """The first element, with a `jax.ShapeDtypeStruct` for each leaf."""
         try:
-            first = self.source[0] if self.is_indexable else next(iter(self.source))  # pyright: ignore
+            first = self.source[0] if self.is_indexable else next(iter(self.source))
         except (IndexError, StopIteration):
             raise ValueError("drjax.Elements: the source has no element.") from None
         if self.is_one_shot:
@@ -89,7 +97,7 @@ class Elements:
 
         def rows(low: int, high: int) -> Iterator[Any]:
             if taken is None:
-                return (self.source[i] for i in range(low, high))  # pyright: ignore
+                return (self.source[i] for i in range(low, high))
             return itertools.islice(taken, high - low)
 
         def read(low: int, high: int) -> list[np.ndarray]:

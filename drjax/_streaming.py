@@ -112,26 +112,30 @@ class Streaming:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         values = _values(self._fn, args, kwargs)
-        with _automatic_mesh(values) as (mesh, values, restored):
-            engine = self._engine(args, kwargs)
-            with _progress_bar(self._progress) as bar:
-                outs = engine.run(values, mesh, bar)
+        engine = self._engine(args, kwargs)
+        with (
+            _automatic_mesh(values) as (mesh, values, restored),
+            _progress_bar(self._progress) as bar,
+        ):
+            outs = engine.run(values, mesh, bar)
         return jax.tree.unflatten(engine.plan.out_tree, restored(outs))
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Says in how many chunks each round would run, why, and in what memory."""
-        with _automatic_mesh(_values(self._fn, args, kwargs)) as (mesh, *_):
-            engine = self._engine(args, kwargs)
+        values = _values(self._fn, args, kwargs)
+        engine = self._engine(args, kwargs)
+        with _automatic_mesh(values) as (mesh, *_):
             lines = engine.explained(engine.plan, mesh)
             return "\n".join(lines) or "no round: the server does all of it"
 
     def _engine(self, args: Any, kwargs: Any) -> "Engine":
         types, types_by_name = jax.tree.map(_struct, (args, kwargs))
-        jaxpr = self._traced.trace(*types, **types_by_name).jaxpr
-        if jaxpr not in self._engines:
-            plan = make_plan(self._fn)(*types, **types_by_name)
-            self._engines[jaxpr] = Engine(plan, *self._options)
-        return self._engines[jaxpr]
+        with _mesh.without_explicit_axes():  # As `make_plan` does.
+            jaxpr = self._traced.trace(*types, **types_by_name).jaxpr
+            if jaxpr not in self._engines:
+                plan = make_plan(self._fn)(*types, **types_by_name)
+                self._engines[jaxpr] = Engine(plan, *self._options)
+            return self._engines[jaxpr]
 
 
 def _no_bar(stage: MapReduce) -> Callable[[int], None]:
@@ -344,7 +348,7 @@ def _automatic_mesh(values: list[Any]) -> Generator[tuple[Mesh | None, list[Any]
             return x
         return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
 
-    with _mesh.without_explicit_axes():
+    with jax.set_mesh(auto):
         yield auto, [to(auto, x) for x in values], lambda xs: [to(mesh, x) for x in xs]
 
 

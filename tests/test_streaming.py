@@ -418,8 +418,8 @@ def test_a_file_is_larger_than_the_memory_it_takes(tmp_path):
         def __getitem__(self, index):
             low, high, _ = index[0].indices({n})
             count = (high - low) * {width}
-            x = np.fromfile({str(tmp_path / "x")!r}, "f4", count, offset=low * {4 * width})
-            return x.reshape(-1, {width})
+            start, path = low * {4 * width}, {str(tmp_path / "x")!r}
+            return np.fromfile(path, "f4", count, offset=start).reshape(-1, {width})
 
     @drjax.program(clients={n})
     def fn(x):
@@ -454,7 +454,7 @@ def test_what_is_expected_is_not_less_than_what_is_compiled_for():
 def test_a_second_call_compiles_nothing_and_a_round_at_most_two_chunks():
     compiled = []
 
-    def listen(event, duration, **_):
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith("/backend_compile_duration"):
             compiled.append(event)
 
