@@ -6,7 +6,8 @@ client after client and averages; `pfl` is its FederatedAveraging on the simulat
 backend. Models and sizes are those of streaming.py.
 """
 
-# These are in another environment: pyright: reportMissingImports=false
+# Torch and pfl are not in the project's environment.
+# pyright: reportMissingImports=false
 
 import sys
 import time

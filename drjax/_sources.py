@@ -61,16 +61,16 @@ class Elements:
                 "drjax.Elements: a source is a sequence, with __len__ and __getitem__, "
                 f"or an iterable, but got {type(source).__name__}."
             )
-        size = len(source) if hasattr(source, "__len__") else None
-        if n is None and size is None:
+        size = len(self.source) if hasattr(source, "__len__") else None
+        self.n: Any = n if size is None else size
+        if self.n is None:
             raise TypeError(
                 "drjax.Elements: how many elements an iterable of type "
                 f"{type(source).__name__} has is not known: say Elements(source, n)."
             )
-        if None not in (n, size) and n != size:
+        if n not in (None, self.n):
             raise ValueError(f"drjax.Elements: n is {n}, but the source has {size}.")
-        self.n: int = size if n is None else n
-        self.is_one_shot = not self.is_indexable and iter(source) is source
+        self.is_one_shot = not self.is_indexable and iter(self.source) is source
         self._ahead: list[Any] = []  # What was taken from a one-shot source to look.
 
     @functools.cached_property
