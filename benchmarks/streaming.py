@@ -229,10 +229,10 @@ def memory(repeats: int, peers: str | None = None) -> Iterator[Row]:
         @drjax.program(clients=n)
         def run(w, x):
             def train(x):
-                new = w
-                for _ in range(2):
-                    new = new - 0.1 * jax.grad(lambda w: jnp.mean((w - x) ** 2))(new)
-                return new
+                def step(w, _):
+                    return w - 0.1 * jax.grad(lambda w: jnp.sum((w - x) ** 2))(w), None
+
+                return lax.scan(step, w, length=2)[0]
 
             return drjax.reduce_mean(drjax.map_fn(train, x))
 

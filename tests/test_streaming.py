@@ -374,10 +374,9 @@ def test_local_training_needs_the_memory_of_a_few_elements(fn):
         @drjax.program(clients=n)
         def train(w, x):
             def local(x):
-                new = w
-                for _ in range(2):
-                    new = new - 0.1 * jax.grad(lambda w: jnp.mean((w - x) ** 2))(new)
-                return new
+                def step(w, _):
+                    return w - 0.1 * jax.grad(lambda w: jnp.sum((w - x) ** 2))(w), None
+                return jax.lax.scan(step, w, length=2)[0]
             return drjax.reduce_mean(drjax.map_fn(local, x))
 
         return drjax.streaming({fn})(jnp.zeros(1_000_000), jnp.ones(n))
