@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from drjax._export import OPERATIONS
+from drjax._sums import wide
 
 # Chunks that are added to `part` before it is added to the pair. To do that for each
 # takes a tenth more time, where clients train a model of two layers.
@@ -29,14 +30,10 @@ def _is_compensated(operation: str, dtype: Any) -> bool:
     return operation == "sum" and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def start(operation: str, aval: Any) -> Any:
     """The total of no chunks."""
     if _is_compensated(operation, aval.dtype):
-        return tuple(jnp.zeros(aval.shape, _wide(aval.dtype)) for _ in range(3))
+        return tuple(jnp.zeros(aval.shape, wide(aval.dtype)) for _ in range(3))
     return jnp.full(aval.shape, OPERATIONS[operation].identity(aval.dtype), aval.dtype)
 
 
@@ -64,12 +61,12 @@ def merge(operation: str, a: Any, b: Any) -> Any:
     return OPERATIONS[operation].combine(a, b).astype(a.dtype)
 
 
-def finish(total: Any, dtype: Any) -> Any:
-    """What is reduced, of a folded total."""
+def finish(total: Any) -> Any:
+    """What is reduced, of a folded total; of narrow floats as float32."""
     if not isinstance(total, tuple):
         return total
     _, high, low = total
-    return _corrected(high, low).astype(dtype)
+    return _corrected(high, low)
 
 
 def _plus(high: Any, low: Any, x: Any) -> tuple[Any, Any]:

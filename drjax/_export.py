@@ -14,7 +14,7 @@ from jax.extend.core import unmapped_aval
 from drjax._compat import ClosedJaxpr
 from drjax._convolutions import of_elements
 from drjax._jaxprs import as_fun, equations, key_types, struct
-from drjax._sums import summed_over
+from drjax._sums import summed_over, wide, widened
 
 
 class Operation(NamedTuple):
@@ -66,11 +66,16 @@ def of_chunk(stage: Any, *, whole: bool = False) -> Callable[..., list[Any]]:
     The others run as the first one once more, whatever they hold, and what they give is
     selected away: a NaN, or a loop that would not end, does not matter.
 
-    With `whole`, all are valid and there is no `count`.
+    With `whole`, all are valid and there is no `count`; and what is reduced of floats
+    narrower than 32 bits is float32, for what is added to it.
     """
     n_server, n_reduced = len(stage.server_inputs), len(stage.reductions)
     operations = [operation for operation, _ in stage.reductions]
     summed = [operation == "sum" for operation in operations]
+    dtypes = [aval.dtype for aval in stage.body.out_avals[:n_reduced]]
+    if whole:
+        pairs = zip(summed, dtypes, strict=True)
+        dtypes = [wide(dtype) if is_sum else dtype for is_sum, dtype in pairs]
     is_output = [False] * len(stage.placed_outputs)
     # JAX draws other numbers under vmap from keys of these kinds.
     one_by_one = any("rbg" in dtype for dtype in key_types(stage.body))
@@ -106,8 +111,9 @@ def of_chunk(stage: Any, *, whole: bool = False) -> Callable[..., list[Any]]:
                 if is_valid is not None:
                     identity = jnp.full((), operation.identity(x.dtype), x.dtype)
                     x = _select(is_valid, x, identity)
-                x = operation.reduce(x, axis=0).astype(x.dtype)
+                x = operation.reduce(widened(x) if name == "sum" else x, axis=0)
             reduced.append(x)
+        reduced = [x.astype(dtype) for x, dtype in zip(reduced, dtypes, strict=True)]
         return [*reduced, *outs[n_reduced:]]
 
     return run

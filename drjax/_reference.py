@@ -67,7 +67,7 @@ def interpret(plan: Plan, inputs: Sequence[Any], run_server: Run, run_round: Run
     A value is let go when no later stage reads it.
     """
     env = dict(plan.constants)
-    env.update((i, np.int32(n)) for i, (_, n) in plan.sizes.items())
+    env.update((i, jax.device_put(np.int32(n))) for i, (_, n) in plan.sizes.items())
     env.update(zip(plan.inputs, inputs, strict=True))
     last = {i: k for k, stage in enumerate(plan.stages) for i in reads_of(stage)}
 

@@ -43,12 +43,20 @@ class Fed(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A chunk: its first element and size, its lane, and its place in the buffer."""
+    """A chunk: its first element, its size, and its lane."""
 
     low: int
     size: int
     lane: int
-    position: int
+
+
+class State(NamedTuple):
+    """Of a lane: where its next chunk begins, and its place in the buffers; results."""
+
+    low: Any
+    position: Any
+    totals: list[Any]
+    buffers: list[Any]
 
 
 class Round:
@@ -79,7 +87,9 @@ class Round:
         self.reduced = stage.body.out_avals[: len(self.operations)]
         self.placed = stage.body.out_avals[len(self.operations) :]
         self._compiled: dict[Any, Any] = {}
-        self._start = jax.jit(self._first_state, out_shardings=self._sharding(0))
+        self._start = jax.jit(
+            self._first_state, static_argnums=0, out_shardings=self._sharding(0)
+        )
         self._finish = jax.jit(self._results)
 
     def _sharding(self, axis: int) -> NamedSharding | None:
@@ -90,7 +100,7 @@ class Round:
     def tasks(self) -> list[Task]:
         c, lanes = self.chunks.size, self.chunks.lanes
         return [
-            Task(low, min(c, self.n - low), k % lanes, k // lanes * c)
+            Task(low, min(c, self.n - low), k % lanes)
             for k, low in enumerate(range(0, self.n, c))
         ]
 
@@ -117,21 +127,17 @@ class Round:
         ]
         hosted = tuple(k for source in fed for k in source.positions)
         tasks = self.tasks()
-        states = [self._start() for _ in range(self.chunks.lanes)]
+        states = [self._start(lane) for lane in range(self.chunks.lanes)]
         tokens: list[Any] = [None] * len(states)
         counts = [0] * len(states)
 
         def advance(step, fold, task, parts):
             """Runs a chunk once the one before has begun to be summed."""
-            low, position = np.int32(task.low), np.int32(task.position)
             lane = task.lane
-            states[lane], token = step(
-                states[lane], low, position, server, whole, parts
-            )
+            states[lane], token = step(states[lane], server, whole, parts)
             counts[lane] += 1
             if counts[lane] % accumulators.FOLD == 0:
-                totals, buffers = states[lane]
-                states[lane] = fold(totals), buffers
+                states[lane] = states[lane]._replace(totals=fold(states[lane].totals))
             tokens[lane], before = token, tokens[lane]
             jax.block_until_ready(before)
             return task.size * self.devices
@@ -143,10 +149,10 @@ class Round:
             for task, parts in stack.enter_context(
                 contextlib.closing(tasks_with_parts)
             ):
-                args = np.int32(0), np.int32(0), server, whole, parts
+                args = server, whole, parts
                 if fold is None:  # The first chunk: how are its results sharded?
                     states = [self._settled(task.size, hosted, s, args) for s in states]
-                    fold = self._fold(states[0][0])
+                    fold = self._fold(states[0].totals)
                 step = self._step(task.size, hosted, states[0], args)
                 pending.append(submit(task.lane, advance, step, fold, task, parts))
                 if len(pending) > 2 * len(states):
@@ -212,9 +218,11 @@ class Round:
         key = "settled", size, hosted, *_shardings(args)
         if key not in self._compiled:
             compiled = self._jitted(size, hosted).lower(state, *args).compile()
-            (totals, buffers), _ = compiled.output_shardings
-            totals = [(x[0],) * 3 if isinstance(x, tuple) else x for x in totals]
-            self._compiled[key] = totals, buffers
+            shardings, _ = compiled.output_shardings
+            totals = [
+                (x[0],) * 3 if isinstance(x, tuple) else x for x in shardings.totals
+            ]
+            self._compiled[key] = shardings._replace(totals=totals)
         return jax.device_put(state, self._compiled[key])
 
     def _step(self, size: int, hosted: tuple[int, ...], state: Any, args: Any) -> Any:
@@ -252,16 +260,18 @@ class Round:
             step = jax.shard_map(
                 step,
                 mesh=self.mesh,
-                in_specs=(P(name), P(), P(), P(), placed, P(name)),
+                in_specs=(P(name), P(), placed, P(name)),
                 out_specs=(P(name), P()),
                 axis_names={name},
                 check_vma=False,
             )
         return jax.jit(step, donate_argnums=0, **options)
 
-    def _first_state(self) -> Any:
+    def _first_state(self, lane: int) -> State:
         """Of one lane; on a mesh with a leading axis for the devices."""
         lead = () if self.mesh is None else (self.devices,)
+        low = jnp.full(lead, lane * self.chunks.size, "int32")
+        position = jnp.zeros(lead, "int32")
         totals = [
             accumulators.start(operation, aval.update(shape=lead + aval.shape))
             for operation, aval in zip(self.operations, self.reduced, strict=True)
@@ -271,20 +281,20 @@ class Round:
         buffers = [
             jnp.zeros((*lead, rows, *aval.shape), aval.dtype) for aval in self.placed
         ]
-        return totals, buffers
+        return State(low, position, totals, buffers)
 
-    def _chunk(self, size, hosted, state, low, position, server, whole, parts):
-        offset = low
+    def _chunk(self, size, hosted, state, server, whole, parts):
+        offset = 0
         if self.mesh is not None:
-            offset += lax.axis_index(self.stage.placement) * self.n
+            offset = lax.axis_index(self.stage.placement) * self.n
             state = jax.tree.map(lambda x: x[0], state)
-        totals, buffers = state
+        low, position, totals, buffers = state
         given, held = dict(zip(hosted, parts, strict=True)), iter(whole)
         rows = [
             given[k] if k in given else _rows(next(held), low, size, axis)
             for k, axis in enumerate(self.in_axes)
         ]
-        index = offset + jnp.arange(size, dtype="int32")
+        index = offset + low + jnp.arange(size, dtype="int32")
         if size == 1:
             own = [x[0] for x in (index, *rows)]
             outs = as_fun(self.body)(own[0], *server, *own[1:])
@@ -298,24 +308,25 @@ class Round:
             lax.dynamic_update_slice_in_dim(buffer, rows, position, 0)
             for buffer, rows in zip(buffers, outs[len(totals) :], strict=True)
         ]
-        state = totals, buffers
+        step = self.chunks.lanes * self.chunks.size
+        state = State(low + step, position + self.chunks.size, totals, buffers)
         if self.mesh is not None:
             state = jax.tree.map(lambda x: x[None], state)
         return state, low + size
 
     def _results(self, states: Any) -> list[Any]:
         results = []
-        by_lane = zip(*(totals for totals, _ in states), strict=True)
+        by_lane = zip(*(state.totals for state in states), strict=True)
         for operation, aval, lanes in zip(
             self.operations, self.reduced, by_lane, strict=True
         ):
             merge = functools.partial(accumulators.merge, operation)
             total = functools.reduce(merge, map(accumulators.fold, lanes))
-            x = accumulators.finish(total, aval.dtype)
+            x = accumulators.finish(total)
             if self.mesh is not None:
-                x = OPERATIONS[operation].reduce(x, axis=0).astype(aval.dtype)
-            results.append(x)
-        by_lane = zip(*(buffers for _, buffers in states), strict=True)
+                x = OPERATIONS[operation].reduce(x, axis=0)
+            results.append(x.astype(aval.dtype))
+        by_lane = zip(*(state.buffers for state in states), strict=True)
         for axis, lanes in zip(self.out_axes, by_lane, strict=True):
             x = jnp.moveaxis(self._in_order(lanes), 0, axis)
             if self.mesh is not None:

@@ -3,7 +3,8 @@
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+import operator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -56,10 +57,12 @@ class Elements:
         self.is_indexable = hasattr(source, "__getitem__") and hasattr(
             source, "__len__"
         )
-        if not self.is_indexable and not isinstance(source, Iterable):
+        is_source = self.is_indexable or isinstance(source, Iterable)
+        if not is_source or isinstance(source, Mapping | str | bytes):
             raise TypeError(
-                "drjax.Elements: a source is a sequence, with __len__ and __getitem__, "
-                f"or an iterable, but got {type(source).__name__}."
+                "drjax.Elements: a source is a sequence of elements, with __len__ and "
+                f"__getitem__, or an iterable, but got {type(source).__name__}. A tree "
+                "of arrays [n, ...] is itself a placed argument."
             )
         size = len(self.source) if hasattr(source, "__len__") else None
         self.n: Any = n if size is None else size
@@ -68,6 +71,8 @@ class Elements:
                 "drjax.Elements: how many elements an iterable of type "
                 f"{type(source).__name__} has is not known: say Elements(source, n)."
             )
+        if operator.index(self.n) < 1:
+            raise ValueError(f"drjax.Elements: there are {self.n} elements, not one.")
         if n not in (None, self.n):
             raise ValueError(f"drjax.Elements: n is {n}, but the source has {size}.")
         self.is_one_shot = not self.is_indexable and iter(self.source) is source
@@ -110,11 +115,11 @@ class Elements:
                     raise ValueError(
                         f"drjax.Elements: element {i} is "
                         f"{jax.tree.map(_type_of, row)}, but the first one is "
-                        f"{self.element}. Elements are of the same shapes: pad them, "
-                        "and give a mask."
+                        f"{self.element}. Elements are trees of the same shapes and "
+                        "dtypes. Pad what is shorter, and give a mask."
                     )
                 for x, leaf in zip(out, leaves, strict=True):
-                    x[i - low] = leaf
+                    x[i - low] = np.asarray(leaf).astype(x.dtype)
             if i + 1 < high:
                 raise ValueError(
                     f"drjax.Elements: the source ended after {i + 1} elements, but it "
@@ -148,6 +153,11 @@ def _check_exhausted(rows: Iterator[Any], n: int) -> None:
 
 def _type_of(x: Any) -> jax.ShapeDtypeStruct:
     dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    if not isinstance(dtype, np.dtype) or dtype.kind in "OSUMm":
+        raise TypeError(
+            f"drjax.Elements: an element has a leaf of dtype {dtype}. It is to hold "
+            "arrays of numbers. Keys can be an array of their own, beside the elements."
+        )
     return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(dtype))
 
 

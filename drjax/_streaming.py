@@ -3,25 +3,39 @@
 import contextlib
 import functools
 import math
+import operator
+import types
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from drjax import _chunks, _mesh
+from drjax._arguments import (
+    Row,
+    check_order,
+    check_readable,
+    fed_rows,
+    platform_of,
+    struct_of,
+    values_of,
+    with_wholes,
+)
 from drjax._describe import amount
 from drjax._faster import faster
-from drjax._jaxprs import as_fun, is_eager
-from drjax._make_plan import make_plan, without_sharding
+from drjax._jaxprs import as_fun
+from drjax._make_plan import make_plan
 from drjax._reference import as_array, interpret
 from drjax._rounds import Fed, Round
-from drjax._sources import Elements, is_host_array, reader_of_array
-from drjax.plan import MapReduce, Plan, Server, plans_in, reads_of
+from drjax._sources import is_host_array, reader_of_array
+from drjax.plan import (
+    MapReduce,
+    Plan,
+    Server,
+    plans_in,
+)
 
 
 def streaming(
@@ -35,7 +49,8 @@ def streaming(
 
     Its plan is run, see `make_plan`: in a round, chunks of elements are mapped and what
     they give is reduced one after the other, so that the placed values in between never
-    exist for all elements. Results are those of `jax.jit(fn)` up to rounding. A sum of
+    exist for all elements. Results are those of `jax.jit(fn)` up to rounding, but for
+    what is drawn with keys of the `rbg` kinds, as `jax.vmap` draws otherwise. A sum of
     floats is kept in pairs of numbers with twice the digits (in float32 pairs for
     narrower ones), so that it is as accurate for many elements as for few. The same
     chunks give the same bits.
@@ -79,13 +94,6 @@ def streaming(
     return Streaming(fn, chunk_size, rewrite, progress)
 
 
-class _Row:
-    """One leaf of `Elements`: placed, with its elements along axis 0."""
-
-    def __init__(self, source: Elements, leaf: int):
-        self.source, self.leaf = source, leaf
-
-
 class Streaming:
     """What `streaming` returns: call it, or let it `explain` what a call would do."""
 
@@ -96,13 +104,9 @@ class Streaming:
         rewrite: bool,
         progress: bool,
     ):
-        is_size = isinstance(chunk_size, int) and chunk_size > 0
-        if chunk_size is not None and (not is_size or isinstance(chunk_size, bool)):
-            raise ValueError(
-                "drjax.streaming: chunk_size is a number of elements, one at least, or "
-                f"None, but got {chunk_size!r}."
-            )
-        functools.update_wrapper(self, fn)
+        if chunk_size is not None:
+            chunk_size = _checked_size(chunk_size)
+        functools.update_wrapper(self, fn, updated=())
         self._fn, self._progress = fn, progress
         self._options = chunk_size, rewrite
         self._traced: Any = jax.jit(fn)
@@ -111,7 +115,7 @@ class Streaming:
         self._engines = weakref.WeakKeyDictionary()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = _values(self._fn, args, kwargs)
+        values = values_of(self._fn, args, kwargs)
         engine = self._engine(args, kwargs)
         with (
             _automatic_mesh(values) as (mesh, values, restored),
@@ -120,22 +124,36 @@ class Streaming:
             outs = engine.run(values, mesh, bar)
         return jax.tree.unflatten(engine.plan.out_tree, restored(outs))
 
+    def __get__(self, obj: Any, _: Any = None) -> Any:
+        """As a function does, which is a method of an object."""
+        return self if obj is None else types.MethodType(self, obj)
+
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """Says in how many chunks each round would run, why, and in what memory."""
-        values = _values(self._fn, args, kwargs)
+        values = values_of(self._fn, args, kwargs)
         engine = self._engine(args, kwargs)
         with _automatic_mesh(values) as (mesh, *_):
-            lines = engine.explained(engine.plan, mesh)
+            lines = engine.explained(engine.plan, mesh, platform_of(mesh, values))
             return "\n".join(lines) or "no round: the server does all of it"
 
     def _engine(self, args: Any, kwargs: Any) -> "Engine":
-        types, types_by_name = jax.tree.map(_struct, (args, kwargs))
+        structs, by_name = jax.tree.map(struct_of, (args, kwargs))
         with _mesh.without_explicit_axes():  # As `make_plan` does.
-            jaxpr = self._traced.trace(*types, **types_by_name).jaxpr
+            jaxpr = self._traced.trace(*structs, **by_name).jaxpr
             if jaxpr not in self._engines:
-                plan = make_plan(self._fn)(*types, **types_by_name)
+                plan = make_plan(self._fn)(*structs, **by_name)
                 self._engines[jaxpr] = Engine(plan, *self._options)
             return self._engines[jaxpr]
+
+
+def _checked_size(size: Any) -> int:
+    n = 0 if isinstance(size, bool | str | float) else operator.index(size)
+    if n < 1:
+        raise ValueError(
+            "drjax.streaming: chunk_size is a number of elements, one at least, or "
+            f"None, but got {size!r}."
+        )
+    return n
 
 
 def _no_bar(stage: MapReduce) -> Callable[[int], None]:
@@ -158,20 +176,23 @@ class Engine:
         self, values: Sequence[Any], mesh: Mesh | None = None, bar: Any = _no_bar
     ) -> list[Any]:
         """Returns the results, leaf by leaf, for arguments leaf by leaf."""
-        _check_readable(self.plan, values)
-        run_round = functools.partial(self._run_round, mesh, bar)
+        check_readable(self.plan, values)
+        values = with_wholes(self.plan, values)
+        platform = platform_of(mesh, values)
+        run_round = functools.partial(self._run_round, mesh, platform, bar)
         outs = interpret(self.plan, values, self._run_server, run_round)
-        return [as_array(_whole(x)) for x in outs]
+        return [*map(as_array, outs)]
 
     def _run_server(self, plan: Plan, stage: Server, env: dict[int, Any]) -> None:
         if stage not in self._servers:
             self._servers[stage] = jax.jit(as_fun(stage.jaxpr))
-        outs = self._servers[stage](*(_whole(env[i]) for i in stage.inputs))
+        outs = self._servers[stage](*(env[i] for i in stage.inputs))
         env.update(zip(stage.outputs, outs, strict=True))
 
     def _run_round(
         self,
         mesh: Mesh | None,
+        platform: str,
         bar: Any,
         plan: Plan,
         stage: MapReduce,
@@ -179,41 +200,41 @@ class Engine:
     ) -> None:
         fed: list[Fed] = []
         placed: list[Any] = []
-        rows: dict[int, list[tuple[int, _Row]]] = {}
+        rows: dict[int, list[tuple[int, Row]]] = {}
         for k, i in enumerate(stage.placed_inputs):
             x = env[i]
-            if isinstance(x, _Row):
+            if isinstance(x, Row):
                 rows.setdefault(id(x.source), []).append((k, x))
             elif is_host_array(x):
                 fed.append(Fed(reader_of_array(x, plan.at[i].axis), (k,)))
-            placed.append(None if isinstance(x, _Row) or is_host_array(x) else x)
-        round_ = self.round(plan, stage, mesh)
-        _check_order(round_, rows)
-        fed += [_fed(group) for group in rows.values()]
-        server = [_whole(env[i]) for i in stage.server_inputs]
+            placed.append(None if isinstance(x, Row) or is_host_array(x) else x)
+        round_ = self.round(plan, stage, mesh, platform)
+        check_order(round_, rows)
+        fed += [fed_rows(group) for group in rows.values()]
+        server = [env[i] for i in stage.server_inputs]
         outs = round_.run(server, placed, fed, bar(stage))
         numbers = [*(i for _, i in stage.reductions), *stage.placed_outputs]
         env.update(zip(numbers, outs, strict=True))
 
-    def round(self, plan: Plan, stage: MapReduce, mesh: Mesh | None) -> Round:
+    def round(
+        self, plan: Plan, stage: MapReduce, mesh: Mesh | None, platform: str
+    ) -> Round:
         is_spread = mesh is not None and mesh.shape.get(stage.placement, 1) > 1
         over = mesh if is_spread else None
-        if (stage, over) not in self._rounds:
-            platform, cores = jax.default_backend(), _chunks.cores()
-            if mesh is not None:
-                platform = mesh.devices.flat[0].platform
-                cores = cores if mesh.size == 1 else 1
+        key = stage, over, platform
+        if key not in self._rounds:
+            cores = _chunks.cores() if mesh is None or mesh.size == 1 else 1
             n = stage.n if over is None else stage.n // over.shape[stage.placement]
             chunks = _chunks.choose(stage, n, self.chunk_size, platform, cores)
             is_replaced = self.rewrite and platform == "cpu"
             body = faster(stage.body) if is_replaced else stage.body
-            self._rounds[stage, over] = Round(plan, stage, chunks, over, body)
-        return self._rounds[stage, over]
+            self._rounds[key] = Round(plan, stage, chunks, over, body)
+        return self._rounds[key]
 
-    def explained(self, plan: Plan, mesh: Mesh | None) -> Iterator[str]:
+    def explained(self, plan: Plan, mesh: Mesh | None, platform: str) -> Iterator[str]:
         for stage in plan.stages:
             if isinstance(stage, MapReduce):
-                round_ = self.round(plan, stage, mesh)
+                round_ = self.round(plan, stage, mesh, platform)
                 chunks, count = round_.chunks, math.ceil(round_.n / round_.chunks.size)
                 on = f" on each of {round_.devices} devices" * (round_.devices > 1)
                 at_a_time = f", {chunks.lanes} at a time" * (chunks.lanes > 1)
@@ -223,104 +244,9 @@ class Engine:
                     f"({chunks.why}); {amount(chunks.bytes, 'B')} at most"
                 )
             for inner in plans_in(stage):
-                yield from ("  " + line for line in self.explained(inner, mesh))
-
-
-#
-# Arguments.
-#
-def _values(fn: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The arguments leaf by leaf: arrays of JAX, those of the host to read, rows."""
-    _check_outermost(fn, (args, kwargs))
-    values: list[Any] = []
-    for leaf in jax.tree.leaves((args, kwargs)):
-        if isinstance(leaf, Elements):
-            count = len(jax.tree.leaves(leaf.element))
-            values += [_Row(leaf, k) for k in range(count)]
-        else:
-            values.append(leaf if _is_read(leaf) else as_array(leaf))
-    return values
-
-
-# An array of the host with more bytes than that is read piece by piece.
-_SMALL = 2**24
-
-
-def _is_read(x: Any) -> bool:
-    if not is_host_array(x):
-        return False
-    in_memory = type(x).__module__ == "numpy" and not isinstance(x, np.memmap)
-    return not in_memory or x.nbytes > _SMALL
-
-
-def _struct(leaf: Any) -> Any:
-    """What stands for an argument when the function is traced."""
-    if isinstance(leaf, Elements):
-        return leaf.structs()
-    if is_host_array(leaf):
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-    return without_sharding(leaf)
-
-
-def _check_outermost(fn: Any, args: Any) -> None:
-    is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(args))
-    if is_traced or not is_eager():
-        name = getattr(fn, "__name__", "fn")
-        raise TypeError(
-            f"drjax.streaming({name}) was called inside a function that JAX "
-            "transforms, by jax.jit, jax.grad or another. It runs on the host, chunk "
-            "by chunk, and can only be outermost. Transform first: "
-            f"drjax.streaming(jax.grad({name})), not jax.grad(drjax.streaming({name}))."
-            " It compiles by itself."
-        )
-
-
-def _whole(x: Any) -> Any:
-    """A value that is needed at once."""
-    if isinstance(x, _Row):
-        return jnp.asarray(x.source.reader()(0, x.source.n)[x.leaf])
-    return jnp.asarray(x) if is_host_array(x) else x
-
-
-def _fed(group: list[tuple[int, _Row]]) -> Fed:
-    """What a source gives of the leaves that a round reads."""
-    read = group[0][1].source.reader()
-    leaves = [row.leaf for _, row in group]
-
-    def read_leaves(low: int, high: int) -> list[Any]:
-        rows = read(low, high)
-        return [rows[leaf] for leaf in leaves]
-
-    return Fed(read_leaves, tuple(k for k, _ in group))
-
-
-def _check_readable(plan: Plan, values: Sequence[Any]) -> None:
-    """Refuses to read an iterator twice, before anything is read."""
-    given = zip(plan.inputs, values, strict=True)
-    rows = {i: x.source for i, x in given if isinstance(x, _Row)}
-    readers: dict[int, list[Any]] = {}
-    for stage in plan.stages:
-        read = {rows[i] for i in reads_of(stage) if i in rows}
-        for source in read:
-            times = 2 if plans_in(stage) else 1
-            readers.setdefault(id(source), []).extend([source] * times)
-    for sources in readers.values():
-        if len(sources) > 1 and sources[0].is_one_shot:
-            raise ValueError(
-                "drjax.streaming: an iterator was given as Elements, but the plan "
-                "reads the elements more than once, as that of a gradient or of a loop "
-                "may. Give a sequence, or an iterable that starts again with iter()."
-            )
-
-
-def _check_order(round_: Round, rows: dict[int, list[tuple[int, _Row]]]) -> None:
-    sources = [group[0][1].source for group in rows.values()]
-    if round_.devices > 1 and not all(source.is_indexable for source in sources):
-        raise ValueError(
-            "drjax.streaming: on a mesh each device reads elements of its own, but an "
-            "iterable gives them in order only. Give a sequence."
-        )
+                yield from (
+                    "  " + line for line in self.explained(inner, mesh, platform)
+                )
 
 
 #

@@ -11,6 +11,11 @@ with the features of all elements side by side. What comes after them is linear,
 a transpose, a sum over time, a product with a constant. There `sum_i A v_i =
 A sum_i v_i`, so the sum is moved up to the contractions, also into the carry of a scan
 that only adds.
+
+A sum is not moved where that would make it less accurate. In `(w - g_i) - w` nearly all
+cancels for each element, and nothing would in `(n w - sum_i g_i) - n w`; so of all
+additions only those of cotangents are taken apart. Sums of floats narrower than 32 bits
+are float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +29,7 @@ from jax.core import eval_jaxpr
 
 from drjax._compat import ClosedJaxpr, scan_counts
 from drjax._convolutions import convolution_p
-from drjax._jaxprs import is_in, is_var, where
+from drjax._jaxprs import cached_by_jaxpr, is_in, is_var, where
 from drjax._straighten import Straight, straighten
 
 _CONVOLUTIONS = (lax.conv_general_dilated_p, convolution_p)
@@ -33,7 +38,16 @@ _LINEAR = {
     *("broadcast_in_dim", "copy", "copy_p", "cumsum", "div", "dynamic_slice", "imag"),
     *("neg", "real", "reduce_sum", "reshape", "rev", "slice", "squeeze", "transpose"),
 }
-_ADDITIVE = {"add", "add_any", "concatenate", "sub"}  # Linear in all operands at once.
+
+
+def wide(dtype: Any) -> Any:
+    """The type in which floats are summed."""
+    is_narrow = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype("float32") if is_narrow else dtype
+
+
+def widened(x: Any) -> Any:
+    return x.astype(wide(x.dtype)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def summed_over(
@@ -71,6 +85,7 @@ class _Sums(NamedTuple):
     inputs: list[bool]
 
 
+@cached_by_jaxpr
 def _straight(jaxpr: Any) -> Straight:
     # What a checkpoint computes again is not to be merged with what was computed
     # before, and the rule of a custom_vmap is for the vmap to come.
@@ -120,10 +135,10 @@ def _movable(straight: Straight, own: Sequence[bool]) -> tuple[set[Any], set[Any
             _, inside = _movable(body, _own_in_scan(eqn, is_own))
             results = zip(eqn.outvars, body.outvars, strict=True)
             movable.update(v for v, out in results if is_in(out, inside))
-        elif (operands := _summed_operands(eqn, is_own)) is not None and (
-            not operands or any(is_in(eqn.invars[i], movable) for i in operands)
-        ):
-            movable.update(eqn.outvars)
+        elif (operands := _summed_operands(eqn, is_own)) is not None:
+            reach = [is_in(eqn.invars[i], movable) for i in operands]
+            if not operands or any(reach):
+                movable.update(eqn.outvars)
     return own_vars, movable
 
 
@@ -141,16 +156,16 @@ def _summed_operands(eqn: Any, is_own: Sequence[bool]) -> list[int] | None:
         if len(own) == 2:
             return None if is_grouped or params.get("mapped") else []
         return own
-    if name in _ADDITIVE:
+    if name == "add_any":  # Of cotangents.
+        return own if all(is_own) else None
+    if name == "concatenate":
         return [*range(len(is_own))]
     if name == "mul":
         return own if len(own) == 1 else None
-    if name == "convert_element_type":  # Sums of wide numbers are narrowed after.
+    if name == "convert_element_type":
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-        is_wide = (
-            jnp.issubdtype(old, jnp.inexact) and jnp.promote_types(old, new) == old
-        )
-        return [0] if is_wide else None
+        is_real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (old, new))
+        return [0] if is_real and wide(old).itemsize >= wide(new).itemsize else None
     if name == "pad":
         value = eqn.invars[1]
         return [0] if not is_var(value) and value.val == 0 else None
@@ -194,14 +209,18 @@ class _Element(NamedTuple):
         return x if self.is_valid is None else jnp.where(self.is_valid, x, zero)
 
     def total(self, x: Any) -> Any:
-        return _total(self.masked(x), self.index)
+        return _total(self.masked(widened(x)), self.index)
 
     def contracted(self, eqn: Any, *operands: Any) -> Any:
         """A contraction, which is summed over the elements."""
+        dtype = wide(eqn.outvars[0].aval.dtype)
+        params = dict(eqn.params)
+        if dtype != eqn.outvars[0].aval.dtype:
+            params["preferred_element_type"] = dtype
 
         @jax.custom_batching.custom_vmap
         def contract(index, *operands):
-            return eqn.primitive.bind(*operands, **eqn.params)
+            return eqn.primitive.bind(*operands, **params)
 
         @contract.def_vmap
         def _(axis_size, in_batched, index, *operands):
@@ -209,7 +228,7 @@ class _Element(NamedTuple):
                 x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
                 for x, is_batched in zip(operands, in_batched[1:], strict=True)
             )
-            return _contracted_elements(eqn, *operands), False
+            return _contracted_elements(eqn.primitive, params, *operands), False
 
         return contract(self.index, *map(self.masked, operands))
 
@@ -221,15 +240,15 @@ def _total(x, index):
 
 @_total.def_vmap
 def _(axis_size, in_batched, x, index):
-    total = jnp.sum(x, axis=0) if in_batched[0] else x * axis_size
+    total = jnp.sum(x, axis=0) if in_batched[0] else x * jnp.asarray(axis_size, x.dtype)
     return total.astype(x.dtype), False
 
 
-def _contracted_elements(eqn: Any, lhs: Any, rhs: Any) -> Any:
+def _contracted_elements(primitive: Any, params: Any, lhs: Any, rhs: Any) -> Any:
     """A contraction of all elements' operands, `[n, ...]` each, summed over them."""
-    params = dict(eqn.params)
+    params = dict(params)
     numbers = params["dimension_numbers"]
-    if eqn.primitive.name == "dot_general":
+    if primitive.name == "dot_general":
         contracted, batch = (
             [tuple(axis + 1 for axis in axes) for axes in pair] for pair in numbers
         )
@@ -280,13 +299,27 @@ def _run(
             for v, x, is_sum in zip(eqn.outvars, outs, how.outputs, strict=True):
                 (totals if is_sum else values)[v] = x
         elif how:
-            xs = [total(v) if i in how else read(v) for i, v in enumerate(eqn.invars)]
-            totals[eqn.outvars[0]] = eqn.primitive.bind(*xs, **eqn.params)
+            totals[eqn.outvars[0]] = _moved(eqn, how, read, total)
         else:
             xs = map(read, eqn.invars)
             totals[eqn.outvars[0]] = element.contracted(eqn, *xs)
     outs = zip(sums.straight.outvars, sums.outputs, strict=True)
     return [total(v) if is_sum else read(v) for v, is_sum in outs]
+
+
+def _moved(eqn: Any, operands: Sequence[int], read: Any, total: Any) -> Any:
+    """The sum of an equation's results: the equation on the sums of its operands."""
+    dtype = wide(eqn.outvars[0].aval.dtype)
+    if eqn.primitive.name == "convert_element_type":
+        return total(eqn.invars[0]).astype(dtype)
+    xs = [
+        total(v) if i in operands else widened(jnp.asarray(read(v)))
+        for i, v in enumerate(eqn.invars)
+    ]
+    params = dict(eqn.params)
+    if params.get("preferred_element_type") is not None:
+        params["preferred_element_type"] = dtype
+    return eqn.primitive.bind(*xs, **params)
 
 
 def _run_scan(

@@ -170,7 +170,8 @@ def compare_engines(state: State, clients: Examples) -> None:
     """Runs a round on each engine; prints its time, its memory and what differs."""
     args = RATES, state, clients
     compiled = jax.jit(federated_round).lower(*args).compile()
-    temporaries = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    memory: Any = compiled.memory_analysis()
+    temporaries = memory.temp_size_in_bytes / 1e6
     streaming = drjax.streaming(federated_round)
     explanation = streaming.explain(*args)
     rows = {

@@ -118,9 +118,10 @@ def test_each_element_of_a_chunk_draws_as_it_would_alone(impl):
 
 
 def test_many_halves_are_summed_as_jit_sums_them():
-    x = jnp.ones(3000, "float16")
+    """In float16, 2048 + 1 is 2048."""
+    x = jnp.ones(101, "float16").at[0].set(2048)
     fn = drjax.program(clients=len(x))(drjax.reduce_sum)
-    assert drjax.run_plan(drjax.make_plan(fn)(x), x) == 3000
+    assert drjax.run_plan(drjax.make_plan(fn)(x), x) == 2148
 
 
 def test_arguments_may_be_given_by_name():

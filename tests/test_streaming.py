@@ -299,7 +299,10 @@ def test_a_source_that_is_none_is_an_error(source, n, error):
     "rows, error",
     [
         ([np.ones(3)] * (N - 1) + [np.ones(4)], f"element {N - 1} is .*Elements are"),
-        ([np.ones(3)] * (N - 1) + [{"x": np.ones(3)}], "Elements are of the same"),
+        (
+            [np.ones(3)] * (N - 1) + [{"x": np.ones(3)}],
+            "Elements are trees of the same",
+        ),
         (iter([np.ones(3)] * (N - 1)), f"ended after {N - 1} elements"),
         (iter([np.ones(3)] * (N + 1)), f"more than the {N} elements"),
         (iter([]), "has no element"),
@@ -590,3 +593,124 @@ def test_what_it_chose_is_said_and_the_same_each_time():
         .startswith("round over 'clients', 23 elements: 5 chunks of 5")
     )
     assert drjax.streaming(jnp.sin).explain(1.0).startswith("no round")
+
+
+#
+# Arguments that are not read by a round alone.
+#
+def test_elements_whose_placement_is_on_another_axis_are_read_at_once():
+    def fn(x):
+        return drjax.map_fn(jnp.sum, x.T)
+
+    x = np.arange(25, dtype=np.float32).reshape(5, 5)
+    run = drjax.streaming(program(fn, 5))
+    assert_close(run(drjax.Elements([*x])), jax.jit(program(fn, 5))(x))
+
+
+def rounds_in_a_scan(xs):
+    """A scan over all elements, which it also gives back."""
+
+    def step(total, x):
+        placed = drjax.map_fn(lambda i: i * x, drjax.placement_index())
+        return total + drjax.reduce_sum(placed), x
+
+    return lax.scan(step, 0.0, xs)
+
+
+def test_elements_may_be_needed_as_a_whole():
+    rows = np.arange(N, dtype=np.float32)
+    fn = program(rounds_in_a_scan)
+    want = jax.jit(fn)(rows)
+    assert_close(drjax.streaming(fn)(drjax.Elements([*rows])), want)
+    assert_close(drjax.streaming(fn)(drjax.Elements(iter(rows), N)), want)
+
+    def twice(x):
+        return drjax.reduce_sum(x), x
+
+    got = drjax.streaming(program(twice))(drjax.Elements(iter(rows), N))
+    assert_close(got, (rows.sum(), rows))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_arrays_of_the_host_in_a_scan_over_rounds(axis, tmp_path):
+    """Each round reads its part of the file; the elements are on either axis."""
+
+    def fn(xs):
+        def step(total, x):
+            placed = drjax.map_fn(jnp.sin, jnp.moveaxis(x, axis, 0))
+            return total + jnp.sum(drjax.reduce_sum(placed)), None
+
+        return lax.scan(step, 0.0, xs)[0]
+
+    x = np.random.default_rng(0).normal(size=(3, N, N)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert_close(drjax.streaming(program(fn), 4)(mapped), jax.jit(program(fn))(x))
+
+
+#
+# What a sum must not lose.
+#
+def test_halves_are_scaled_before_they_overflow():
+    """As gradients of a scaled loss are."""
+
+    def fn(a, g):
+        return drjax.reduce_sum(drjax.map_fn(lambda a, g: (a.T @ g) / 1024, (a, g)))
+
+    a, g = jnp.full((8, 4, 3), 4, jnp.float16), jnp.full((8, 4, 2), 2000, jnp.float16)
+    for size in (1, 3, 8):
+        assert (drjax.streaming(program(fn, 8), size)(a, g) == 250).all()
+
+
+def test_a_change_is_not_lost_in_what_was_changed():
+    """The mean of (w - g) - w, in which w is ten thousand times as large as g."""
+
+    def fn(w, x):
+        def change(w, x):
+            return (w - 1e-3 * x.T @ (x @ w - 1)) - w
+
+        return drjax.reduce_mean(drjax.map_fn(change, (drjax.broadcast(w), x)))
+
+    n = 512
+    rng = np.random.default_rng(0)
+    x = (1e-2 * rng.normal(size=(n, 2, 3))).astype(np.float32)
+    w = (100 * rng.normal(size=(3, 3))).astype(np.float32)
+    wide = x.astype(float)
+    exact = -1e-3 * np.einsum("nij,nik->jk", wide, wide @ w.astype(float) - 1) / n
+
+    def error(got):
+        return np.abs(got - exact).max()
+
+    want = error(jax.jit(program(fn, n))(w, x))
+    assert error(drjax.streaming(program(fn, n), n)(w, x)) <= 1.5 * want
+
+
+def test_floats_of_eight_bits():
+    x = jnp.ones(100, jnp.float8_e4m3fn)
+    assert drjax.streaming(program(drjax.reduce_sum, 100), 7)(x) == 96  # Or 104.
+    with jax.numpy_dtype_promotion("strict"):
+        x = jnp.ones(100, jnp.bfloat16)
+        assert drjax.streaming(program(drjax.reduce_sum, 100), 7)(x) == 100
+
+
+#
+# As functions are.
+#
+def test_it_may_be_a_method():
+    class Model:
+        w = W
+
+        @drjax.streaming
+        def loss(self, x):
+            return program(loss)(self.w, x)
+
+    with pytest.raises(TypeError, match="Model"):  # As jit says of such an argument.
+        Model().loss(XS)
+
+
+def test_arguments_on_the_device_stay_there():
+    run = drjax.streaming(jax.grad(program(loss)), np.int64(4))  # pyright: ignore
+    want = run(W, XS)
+    with jax.transfer_guard("disallow"):
+        got = run(W, XS)
+    assert_close(got, want)

@@ -91,7 +91,7 @@ def test_devices_are_put_together_once():
     with jax.set_mesh(mesh):
         run(W, put(mesh, XS, "clients"))
         for round_, _ in steps(run):
-            finish = round_._finish.lower([round_._start()]).compile()
+            finish = round_._finish.lower([round_._start(0)]).compile()
             kinds = [kind for _, kind in COLLECTIVE.findall(finish.as_text() or "")]
             assert kinds
             assert {*kinds} == {"all-reduce"}
