@@ -11,12 +11,14 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jax.extend.core import Var, jaxprs_in_params
+import jax
+from jax.extend.core import Var, jaxprs_in_params, unmapped_aval
 
 from drjax import _flops
 from drjax._compat import scan_counts
 from drjax._convolutions import convolution_p
-from drjax._jaxprs import is_in, is_var
+from drjax._export import of_chunk
+from drjax._jaxprs import is_in, is_var, struct
 from drjax.plan import MapReduce
 
 # Measured on CPUs. FLOPs that take a core some milliseconds, with own matrices and with
@@ -47,18 +49,26 @@ def choose(
 ) -> Chunks:
     """The chunks of a round of n elements on a device; of `size`, if that is said."""
     body = stage.body
-    one = live_bytes(body)
     why = "as was said"
     if size is None:
-        size, why = _size(stage, n, one, platform)
+        size, why = _size(stage, n, platform)
     size = min(size, n)
-    reduced = body.out_avals[: len(stage.reductions)]
-    totals = 3 * sum(map(_bytes, reduced))
+    most = live_bytes(body if size == 1 else _chunk(stage, size))
+    most += 3 * sum(map(_bytes, body.out_avals[: len(stage.reductions)]))
     lanes = 1
     if platform == "cpu" and not body.effects:
-        fits = max(1, 8 * _CPU_BYTES // max(1, size * one + totals))
+        fits = max(1, 8 * _CPU_BYTES // max(1, most))
         lanes = min(cores, _MAX_LANES, -(-n // size), fits)
-    return Chunks(size, lanes, why, lanes * (size * one + totals))
+    return Chunks(size, lanes, why, lanes * most)
+
+
+def _chunk(stage: MapReduce, c: int) -> Any:
+    """What c elements do, as a jaxpr."""
+    index, *avals = stage.body.in_avals
+    server = avals[: len(stage.server_inputs)]
+    placed = [unmapped_aval(c, 0, aval) for aval in (index, *avals[len(server) :])]
+    types = map(struct, (placed[0], *server, *placed[1:]))
+    return jax.make_jaxpr(of_chunk(stage, whole=True))(*types)
 
 
 def cores() -> int:
@@ -67,19 +77,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
-def _size(stage: MapReduce, n: int, one: int, platform: str) -> tuple[int, str]:
+def _size(stage: MapReduce, n: int, platform: str) -> tuple[int, str]:
     body = stage.body
     if body.effects:
         return 1, "each element has effects, which come in order"
-    own = (
-        [True] + [False] * len(stage.server_inputs) + [True] * len(stage.placed_inputs)
-    )
+    if n == 1:
+        return n, "all elements at once"
+    few, many, more = (live_bytes(_chunk(stage, c)) for c in (2, 1000, 1001))
+    shared = len(stage.server_inputs)
+    own = [True, *[False] * shared, *[True] * len(stage.placed_inputs)]
     total = _flops.flops(body).total
-    memory = _CPU_BYTES if platform == "cpu" else _ACCELERATOR_BYTES
-    size, why = max(1, memory // max(1, one)), "what memory has room for"
+    room = _CPU_BYTES if platform == "cpu" else _ACCELERATOR_BYTES
+    why = "what memory has room for"
+    size = max(1, (room - few) // max(1, more - many))
     if platform == "cpu":
         is_own = 2 * _own_flops(body.jaxpr, own) > total
-        work = total + sum(map(_bytes, (*body.in_avals, *body.out_avals)))
+        inputs = body.in_avals[1 + shared :]
+        outputs = body.out_avals[len(stage.reductions) :]
+        work = total + sum(map(_bytes, (*inputs, *outputs)))
         enough = -(-(_OWN_WORK if is_own else _SHARED_WORK) // max(1, work))
         if enough <= size:
             size = enough
