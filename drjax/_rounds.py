@@ -10,7 +10,7 @@ comes: nothing is padded.
 import collections
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -97,12 +97,10 @@ class Round:
             return None
         return NamedSharding(self.mesh, P(*[None] * axis, self.stage.placement))
 
-    def tasks(self) -> list[Task]:
+    def _tasks(self) -> Iterator[Task]:
         c, lanes = self.chunks.size, self.chunks.lanes
-        return [
-            Task(low, min(c, self.n - low), k % lanes)
-            for k, low in enumerate(range(0, self.n, c))
-        ]
+        for k, low in enumerate(range(0, self.n, c)):
+            yield Task(low, min(c, self.n - low), k % lanes)
 
     def run(
         self,
@@ -126,7 +124,6 @@ class Round:
             if x is not None
         ]
         hosted = tuple(k for source in fed for k in source.positions)
-        tasks = self.tasks()
         states = [self._start(lane) for lane in range(self.chunks.lanes)]
         tokens: list[Any] = [None] * len(states)
         counts = [0] * len(states)
@@ -145,15 +142,17 @@ class Round:
         with contextlib.ExitStack() as stack:
             submit = _in_threads(len(states), stack)
             pending: collections.deque[Future[int]] = collections.deque()
-            fold, tasks_with_parts = None, self._parts(fed, tasks)
-            for task, parts in stack.enter_context(
-                contextlib.closing(tasks_with_parts)
-            ):
+            tasks = stack.enter_context(contextlib.closing(self._parts(fed)))
+            steps, fold, types = {}, None, None
+            for task, parts in tasks:
                 args = server, whole, parts
-                if fold is None:  # The first chunk: how are its results sharded?
+                if not steps:  # The first chunk: how are its results sharded?
                     states = [self._settled(task.size, hosted, s, args) for s in states]
                     fold = self._fold(states[0].totals)
-                step = self._step(task.size, hosted, states[0], args)
+                    types = jax.tree.map(_type_of, states[0])  # These will be donated.
+                if task.size not in steps:
+                    steps[task.size] = self._step(task.size, hosted, types, args)
+                step = steps[task.size]
                 pending.append(submit(task.lane, advance, step, fold, task, parts))
                 if len(pending) > 2 * len(states):
                     done(pending.popleft().result())
@@ -164,12 +163,10 @@ class Round:
     #
     # Feeding.
     #
-    def _parts(
-        self, fed: Sequence[Fed], tasks: Sequence[Task]
-    ) -> Generator[tuple[Task, list[Any]]]:
+    def _parts(self, fed: Sequence[Fed]) -> Generator[tuple[Task, list[Any]]]:
         """Each task with what it needs of the host, read ahead by a thread."""
         if not fed:
-            yield from ((task, []) for task in tasks)
+            yield from ((task, []) for task in self._tasks())
             return
 
         def read(task):
@@ -182,7 +179,7 @@ class Round:
                 rows += map(np.concatenate, zip(*shards, strict=True))
             return task, rows
 
-        reading = ahead(read, tasks, depth=2 * self.chunks.lanes)
+        reading = ahead(read, self._tasks(), depth=2 * self.chunks.lanes)
         with contextlib.closing(reading):
             for task, rows in reading:
                 yield task, jax.device_put(rows, self._sharding(0))
@@ -348,6 +345,12 @@ class Round:
 
 def _shardings(tree: Any) -> list[Any]:
     return [getattr(x, "sharding", None) for x in jax.tree.leaves(tree)]
+
+
+def _type_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type, with how it is sharded if it is on several devices."""
+    sharding = x.sharding if len(x.sharding.device_set) > 1 else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _devices(x: Any) -> set[Any]:
