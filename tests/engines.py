@@ -63,8 +63,8 @@ ENGINES = {
     "in chunks": in_chunks,
     "streaming": streaming,
 }
-# One differs in derivatives only, the other compiles each round.
-SLOW = {"recomputed", "in chunks", "streaming"}
+SLOW = {"recomputed", "in chunks", "streaming"}  # Two of them compile each round.
+FEW = {"recomputed", "in chunks"}  # They run some transformations only.
 ENGINE = pytest.mark.parametrize(
     "run",
     [

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import ENGINE, ENGINES, SLOW
+from engines import ENGINE, ENGINES, FEW, SLOW
 from helpers import assert_close, every, gradient, of_floats
 from jax import lax
 from programs import (
@@ -60,7 +60,7 @@ def cases():
         }
         if not possible.get(name, True):
             continue
-        if engine in SLOW and name not in ("itself", "gradient", "scan"):
+        if engine in FEW and name not in ("itself", "gradient", "scan"):
             continue
         slow = (
             engine in SLOW
