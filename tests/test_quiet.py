@@ -52,12 +52,14 @@ POSITIONAL = {name: ["x"] for name in CALLS} | {  # As in drjax 0.2.
     "program": [],
     "make_plan": ["fn"],
     "run_plan": ["plan"],
+    "streaming": ["fn", "chunk_size"],
 }
 
 
 def test_all_names_what_exists_and_is_documented():
     assert len({*drjax.__all__}) == len(drjax.__all__)
-    assert {*PUBLIC_FUNCTIONS} == {*CALLS, "program", "make_plan", "run_plan"}
+    others = {"program", "make_plan", "run_plan", "streaming"}
+    assert {*PUBLIC_FUNCTIONS} == {*CALLS, *others}
     for name in drjax.__all__:
         assert inspect.getdoc(getattr(drjax, name)), name
 
