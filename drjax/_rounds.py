@@ -143,6 +143,8 @@ class Round:
             submit = _in_threads(len(states), stack)
             pending: collections.deque[Future[int]] = collections.deque()
             tasks = stack.enter_context(contextlib.closing(self._parts(fed)))
+            # What is read from the host waits in memory.
+            ready = len(states) * (1 if fed else 2)
             steps, fold, types = {}, None, None
             for task, parts in tasks:
                 args = server, whole, parts
@@ -154,7 +156,7 @@ class Round:
                     steps[task.size] = self._step(task.size, hosted, types, args)
                 step = steps[task.size]
                 pending.append(submit(task.lane, advance, step, fold, task, parts))
-                if len(pending) > 2 * len(states):
+                if len(pending) > ready:
                     done(pending.popleft().result())
             while pending:
                 done(pending.popleft().result())
@@ -179,7 +181,7 @@ class Round:
                 rows += map(np.concatenate, zip(*shards, strict=True))
             return task, rows
 
-        reading = ahead(read, self._tasks(), depth=2 * self.chunks.lanes)
+        reading = ahead(read, self._tasks(), depth=self.chunks.lanes)
         with contextlib.closing(reading):
             for task, rows in reading:
                 yield task, jax.device_put(rows, self._sharding(0))
