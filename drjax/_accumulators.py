@@ -26,20 +26,16 @@ from drjax._sums import wide
 FOLD = 8
 
 
-def _is_compensated(operation: str, dtype: Any) -> bool:
-    return operation == "sum" and jnp.issubdtype(dtype, jnp.inexact)
-
-
 def start(operation: str, aval: Any) -> Any:
     """The total of no chunks."""
-    if _is_compensated(operation, aval.dtype):
+    if operation == "sum" and jnp.issubdtype(aval.dtype, jnp.inexact):
         return tuple(jnp.zeros(aval.shape, wide(aval.dtype)) for _ in range(3))
     return jnp.full(aval.shape, OPERATIONS[operation].identity(aval.dtype), aval.dtype)
 
 
 def add(operation: str, total: Any, x: Any) -> Any:
     """Adds what one chunk gives."""
-    if _is_compensated(operation, x.dtype):
+    if isinstance(total, tuple):
         part, high, low = total
         return part + x.astype(part.dtype), high, low
     return OPERATIONS[operation].combine(total, x).astype(x.dtype)

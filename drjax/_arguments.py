@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,17 +81,32 @@ def _check_outermost(fn: Any, args: Any) -> None:
         )
 
 
-def with_wholes(plan: Plan, values: Sequence[Any]) -> list[Any]:
+class Streamed(NamedTuple):
+    """The inputs of a plan that only rounds read, piece by piece.
+
+    Args:
+      rows: those which may be `Elements`.
+      arrays: those which may be arrays of the host.
+    """
+
+    rows: set[int]
+    arrays: set[int]
+
+
+def streamed(plan: Plan) -> Streamed:
+    return Streamed(_streamed(plan, as_rows=True), _streamed(plan, as_rows=False))
+
+
+def with_wholes(plan: Plan, streamed: Streamed, values: Sequence[Any]) -> list[Any]:
     """The arguments, of which some are read now: what is needed as a whole."""
-    of_rows, of_arrays = _streamed(plan, True), _streamed(plan, False)
     read: dict[int, list[Any]] = {}  # Once for all leaves.
     given = []
     for i, x in zip(plan.inputs, values, strict=True):
-        if isinstance(x, Row) and i not in of_rows:
+        if isinstance(x, Row) and i not in streamed.rows:
             if id(x.source) not in read:
                 read[id(x.source)] = x.source.reader()(0, x.source.n)
             x = jnp.asarray(read[id(x.source)][x.leaf])
-        elif is_host_array(x) and i not in of_arrays:
+        elif is_host_array(x) and i not in streamed.arrays:
             x = jnp.asarray(x)
         given.append(x)
     return given
@@ -157,20 +172,20 @@ def _others(inner: Plan, streamed: set[int], given: Sequence[int]) -> set[int]:
     return {i for number, i in pairs if number not in streamed}
 
 
-def check_readable(plan: Plan, values: Sequence[Any]) -> None:
+def check_readable(plan: Plan, streamed: Streamed, values: Sequence[Any]) -> None:
     """Refuses to read an iterator twice, before anything is read."""
     rows = {
         i: x
         for i, x in zip(plan.inputs, values, strict=True)
         if isinstance(x, Row) and x.source.is_one_shot
     }
-    streamed = _streamed(plan, as_rows=True)
     times: collections.Counter[int] = collections.Counter()
     for stage in plan.stages:
-        read = {*reads_of(stage)} & rows.keys() & streamed
+        read = {*reads_of(stage)} & rows.keys() & streamed.rows
         sources = {id(rows[i].source) for i in read}
         times.update(dict.fromkeys(sources, 2 if plans_in(stage) else 1))
-    times.update({id(row.source) for i, row in rows.items() if i not in streamed})
+    wholes = (row for i, row in rows.items() if i not in streamed.rows)
+    times.update({id(row.source) for row in wholes})
     if any(count > 1 for count in times.values()):
         raise ValueError(
             "drjax.streaming: an iterator was given as Elements, but the plan reads "

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Var, jaxprs_in_params, unmapped_aval
+from jax.extend.core import Var, jaxprs_in_params
 
 from drjax import _flops
 from drjax._compat import scan_counts
 from drjax._convolutions import convolution_p
-from drjax._export import of_chunk
+from drjax._export import avals_of_chunk, of_chunk
 from drjax._jaxprs import is_in, is_var, struct
 from drjax.plan import MapReduce
 
@@ -64,10 +64,7 @@ def choose(
 
 def _chunk(stage: MapReduce, c: int) -> Any:
     """What c elements do, as a jaxpr."""
-    index, *avals = stage.body.in_avals
-    server = avals[: len(stage.server_inputs)]
-    placed = [unmapped_aval(c, 0, aval) for aval in (index, *avals[len(server) :])]
-    types = map(struct, (placed[0], *server, *placed[1:]))
+    types = map(struct, avals_of_chunk(stage, c))
     return jax.make_jaxpr(of_chunk(stage, whole=True))(*types)
 
 

@@ -125,24 +125,22 @@ def of_many(jaxpr: ClosedJaxpr, m: int) -> ClosedJaxpr:
 
 def as_matmuls(eqn: Any) -> Any:
     """An equation, and those inside it, with matmuls for convolutions."""
-
-    def replace(eqn):
-        if eqn.primitive is not lax.conv_general_dilated_p:
-            return eqn
-        return eqn.replace(primitive=convolution_p, params=dict(eqn.params, mapped=0))
-
+    replace = _replacing(lambda params: dict(params, mapped=0))
     return in_equation(replace, eqn, lax.conv_general_dilated_p.name)
 
 
 def _replaced(jaxpr: Any, new_params: Any) -> Any:
     """Makes `convolution_p` of convolutions, also in the jaxprs inside."""
+    return in_jaxpr(_replacing(new_params), jaxpr, lax.conv_general_dilated_p.name)
 
+
+def _replacing(new_params: Any) -> Any:
     def replace(eqn):
         if eqn.primitive is not lax.conv_general_dilated_p:
             return eqn
         return eqn.replace(primitive=convolution_p, params=new_params(eqn.params))
 
-    return in_jaxpr(replace, jaxpr, lax.conv_general_dilated_p.name)
+    return replace
 
 
 #

@@ -134,17 +134,27 @@ def export_round(
     if chunk == "symbolic":
         c: Any = jax_export.symbolic_shape("chunk")[0]
     else:
-        c = 0 if isinstance(chunk, bool | str | float) else operator.index(chunk)
+        c = as_size(chunk)
         if c < 1:
             raise ValueError(
                 "drjax: the chunk of an export is None, a number of elements or "
                 f"'symbolic', but got {chunk!r}."
             )
+    avals = [stage.body.in_avals[0], *avals_of_chunk(stage, c)]  # The count is first.
+    return _serialized(of_chunk(stage), avals, platforms)
+
+
+def as_size(x: Any) -> int:
+    """A number of elements; 0 if it is no integer, of Python or another."""
+    return 0 if isinstance(x, bool | str | float) else operator.index(x)
+
+
+def avals_of_chunk(stage: Any, c: Any) -> list[Any]:
+    """The types `(index, *server inputs, *placed inputs)` of c elements."""
     index, *avals = stage.body.in_avals
     server = avals[: len(stage.server_inputs)]
     placed = [unmapped_aval(c, 0, aval) for aval in (index, *avals[len(server) :])]
-    avals = [index, placed[0], *server, *placed[1:]]
-    return _serialized(of_chunk(stage), avals, platforms)
+    return [placed[0], *server, *placed[1:]]
 
 
 def export_server(stage: Any, platforms: Sequence[str] | None) -> bytes:

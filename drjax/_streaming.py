@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import operator
 import types
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,11 +18,13 @@ from drjax._arguments import (
     check_readable,
     fed_rows,
     platform_of,
+    streamed,
     struct_of,
     values_of,
     with_wholes,
 )
 from drjax._describe import amount
+from drjax._export import as_size
 from drjax._faster import faster
 from drjax._jaxprs import as_fun
 from drjax._make_plan import make_plan
@@ -147,7 +148,7 @@ class Streaming:
 
 
 def _checked_size(size: Any) -> int:
-    n = 0 if isinstance(size, bool | str | float) else operator.index(size)
+    n = as_size(size)
     if n < 1:
         raise ValueError(
             "drjax.streaming: chunk_size is a number of elements, one at least, or "
@@ -164,11 +165,9 @@ class Engine:
     """Runs a plan chunk by chunk, and keeps what is compiled for it."""
 
     def __init__(self, plan: Plan, chunk_size: int | None = None, rewrite: bool = True):
-        self.plan, self.chunk_size, self.rewrite = (
-            plan.recomputed(),
-            chunk_size,
-            rewrite,
-        )
+        self.plan = plan.recomputed()
+        self.chunk_size, self.rewrite = chunk_size, rewrite
+        self._streamed = streamed(self.plan)
         self._rounds: dict[Any, Round] = {}
         self._servers: dict[Server, Any] = {}
 
@@ -176,8 +175,8 @@ class Engine:
         self, values: Sequence[Any], mesh: Mesh | None = None, bar: Any = _no_bar
     ) -> list[Any]:
         """Returns the results, leaf by leaf, for arguments leaf by leaf."""
-        check_readable(self.plan, values)
-        values = with_wholes(self.plan, values)
+        check_readable(self.plan, self._streamed, values)
+        values = with_wholes(self.plan, self._streamed, values)
         platform = platform_of(mesh, values)
         run_round = functools.partial(self._run_round, mesh, platform, bar)
         outs = interpret(self.plan, values, self._run_server, run_round)
@@ -285,7 +284,7 @@ def _automatic_mesh(values: list[Any]) -> Generator[tuple[Mesh | None, list[Any]
 def _progress_bar(shown: bool) -> Generator[Callable[[MapReduce], Any]]:
     """Gives a function of a round that gives one of how many elements are done."""
     if not shown:
-        yield lambda stage: lambda count: None
+        yield _no_bar
         return
     try:
         from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
