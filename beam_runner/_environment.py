@@ -1,0 +1,135 @@
+"""What decides the bits of a result, set alike in all workers; and the runners.
+
+XLA on CPUs divides work among the threads that it finds, so the same StableHLO may give
+other bits on a machine with other cores, or with another version of JAX.
+"""
+
+import os
+import threading
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib
+
+
+class Environment(NamedTuple):
+    """A numeric environment: two that are equal give the same bits."""
+
+    jax: str
+    jaxlib: str
+    platform: str
+    device: str  # Its kind; of a CPU, the processor.
+    devices: int
+    threads: int
+    x64: bool
+
+
+def here() -> Environment:
+    """The environment of this process; starts JAX's backend."""
+    platform = jax.default_backend()
+    kind = _processor() if platform == "cpu" else jax.devices()[0].device_kind
+    return Environment(
+        jax.__version__,
+        jaxlib.__version__,
+        platform,
+        kind,
+        jax.local_device_count(),
+        _threads(),
+        bool(jax.config.read("jax_enable_x64")),
+    )
+
+
+def _threads() -> int:
+    """The threads that XLA takes on a CPU: as NPROC says, or one for each core."""
+    said = os.environ.get("NPROC", "")
+    if said.isdigit():
+        return int(said)
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [
+                line.split(":")[1].strip() for line in file if "model name" in line
+            ]
+        return lines[0]
+    except (OSError, IndexError):
+        import platform
+
+        return platform.processor() or platform.machine()
+
+
+class Recorded(NamedTuple):
+    """The environment that a worker is to have, and the process that has it."""
+
+    environment: Environment
+    process: int
+
+
+def record() -> Recorded:
+    return Recorded(here(), os.getpid())
+
+
+_compared: dict[Recorded, list[str]] = {}
+_lock = threading.Lock()
+
+
+def set_alike(recorded: Recorded) -> list[str]:
+    """Sets this process's JAX like the recorded one; says what remains different.
+
+    Threads and devices can be set before JAX's backend has started, which is what it
+    does in a worker whose first work this is.
+    """
+    if recorded.process == os.getpid():
+        return []
+    with _lock:
+        if recorded not in _compared:
+            want = recorded.environment
+            if not _compared:
+                os.environ["NPROC"] = str(want.threads)
+                jax.config.update("jax_platforms", want.platform)
+                jax.config.update("jax_enable_x64", want.x64)
+                if want.platform == "cpu":
+                    try:
+                        jax.config.update("jax_num_cpu_devices", want.devices)
+                    except RuntimeError:  # The backend runs; it is compared below.
+                        pass
+            fields = zip(Environment._fields, want, here(), strict=True)
+            _compared[recorded] = [
+                f"{name} is {got}, not {wanted}"
+                for name, wanted, got in fields
+                if got != wanted
+            ]
+        return _compared[recorded]
+
+
+#
+# Runners.
+#
+TESTED = {"FnApiRunner", "FlinkRunner", "PortableRunner"}
+REFUSED = {
+    "DaskRunner": (
+        "it loses tagged outputs, what is given at the end of a bundle, and all sinks "
+        "but one, without an error"
+    ),
+}
+
+
+def check_runner(runner: Any) -> None:
+    """Refuses runners that are known to be wrong; warns of those that are untested."""
+    name = type(runner).__name__
+    if name in REFUSED:
+        raise ValueError(
+            f"beam_runner: {name} gives wrong results: in Beam 2.77 {REFUSED[name]}. "
+            "Use runner='embedded', or Flink."
+        )
+    if name not in TESTED:
+        warnings.warn(
+            f"beam_runner is not tested on {name}. Compare a small run with "
+            "runner='embedded' before you rely on it.",
+            UserWarning,
+            stacklevel=3,
+        )

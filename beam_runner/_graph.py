@@ -1,0 +1,394 @@
+"""The stages of a plan, as transforms of a pipeline.
+
+Values are arrays, known when the pipeline is built; `Made`, by the pipeline; or
+`Placed`, in files or in a source, which workers read.
+"""
+
+import dataclasses
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import jax
+import jax.numpy as jnp
+import numpy as np
+from apache_beam import pvalue
+
+from beam_runner import _environment, _files, _fold, _work
+from beam_runner._sources import ChunkFiles, Reader, Whole, reader_of_array
+from drjax import _chunks
+from drjax.plan import At, MapReduce, Plan, Scan, Server
+
+CHUNKS_OF_RANGE = 16  # At most, unless there are very many: what a worker gets at once.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Made:
+    """A value of the server that a pipeline makes: one of a list."""
+
+    producer: Any  # A PCollection of one list.
+    position: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placed:
+    """A placed value: what reads it, which leaf it is, and what must be done before."""
+
+    reader: Reader
+    leaf: int
+    after: Any = None  # A PCollection of the pipeline that writes it.
+
+
+class Settings(NamedTuple):
+    """How stages are run.
+
+    Args:
+      folder: for files.
+      chunk_size: elements in a chunk; None, to choose.
+      on_bad: as in `run`.
+      environment: what workers are to have.
+      progress: a folder with a file for each range that is done, or None.
+    """
+
+    folder: str
+    chunk_size: int | None
+    on_bad: str
+    environment: _environment.Recorded
+    progress: str | None = None
+
+
+class Typed(NamedTuple):
+    """A value with its type, and where its elements are, if it is placed."""
+
+    value: Any
+    aval: Any
+    at: At | None
+
+
+class Taking(NamedTuple):
+    """Which elements take part in a run.
+
+    Args:
+      n: how many there are; int32.
+      skip: the positions of those that are left out; int32.
+      size: how many remain; int32.
+    """
+
+    n: Any
+    skip: Any
+    size: Any
+
+
+def all_of(n: int) -> Taking:
+    return Taking(np.int32(n), np.zeros(0, np.int32), np.int32(n))
+
+
+Elements = dict[tuple[str, int], Taking]
+
+
+def first_values(
+    plan: Plan, inputs: Sequence[Any], elements: Elements
+) -> dict[int, Any]:
+    """The values that are there before the first stage, by number."""
+    env: dict[int, Any] = {i: _work.to_numpy(x) for i, x in plan.constants.items()}
+    for i, placement in plan.sizes.items():
+        env[i] = elements.get(placement, all_of(placement[1])).size
+    return env | dict(zip(plan.inputs, inputs, strict=True))
+
+
+class Graph:
+    """A pipeline to which the stages of a plan are added.
+
+    Args:
+      pipeline: a Beam pipeline.
+      settings: how stages are run.
+      elements: of placements, by name and planned `n`, where it is not all of them.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        settings: Settings,
+        elements: Elements | None = None,
+    ):
+        self.pipeline, self.settings = pipeline, settings
+        self.elements = elements or {}
+        self.bad: list[tuple[str, Any]] = []  # Placements, and PCollections.
+        self.ranges = 0  # Of all rounds, as far as they are known.
+        self._names: dict[str, int] = {}
+
+    def run(self, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
+        """Adds all stages of a plan; returns its results, leaf by leaf."""
+        env = first_values(plan, inputs, self.elements)
+        for stage in plan.stages:
+            self.add(plan, stage, env)
+        return [env[i] for i in plan.outputs]
+
+    def add(self, plan: Plan, stage: Any, env: dict[int, Any]) -> None:
+        """Adds a stage of a plan; what it gives is in `env` then."""
+        match stage:
+            case Server():
+                values = [typed(plan, env, i) for i in stage.inputs]
+                made = self._serve("Server", exported_server(stage), values)
+                env.update(zip(stage.outputs, made, strict=True))
+            case MapReduce():
+                self._add_round(plan, stage, env)
+            case Scan():
+                self._add_scan(plan, stage, env)
+            case _:
+                raise NotImplementedError(
+                    "beam_runner.MapReduce: the program communicates in a while loop "
+                    "or a condition, whose course is known only when it runs, and the "
+                    "steps of a pipeline are fixed before. Use beam_runner.run; or "
+                    "beam_runner.iterate, for rounds until a condition holds."
+                )
+
+    def compute(self, name: str, fn: Any, values: Sequence[Typed]) -> list[Made]:
+        """Adds a function of values, which gives a list of arrays."""
+        structs = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in values]
+        program = jax.export.export(jax.jit(fn))(*structs)
+        return self._serve(name, bytes(program.serialize()), values)
+
+    def save(self, values: Sequence[Typed]) -> "Saved":
+        """Adds what writes values of the server, and bad elements, for the driver."""
+        paths = Saved(
+            _files.join(self.settings.folder, "values"),
+            _files.join(self.settings.folder, "bad") if self.bad else None,
+        )
+        picks, sides = self._picks(values)
+        start = self.pipeline | "Results/Start" >> beam.Impulse()
+        save = functools.partial(_work.save, paths.values, picks)
+        _ = start | "Results/Save" >> beam.Map(save, *sides)
+        if self.bad:
+            found = self.found() | "Results/Bad list" >> beam.combiners.ToList()
+            save_bad = functools.partial(_work.save_bad, paths.bad)
+            _ = found | "Results/Bad" >> beam.Map(save_bad)
+        return paths
+
+    def found(self) -> Any:
+        """The bad elements of all rounds: `(placement, position, why)`."""
+        named = [
+            bad | f"Bad {k}" >> beam.MapTuple(functools.partial(_named, placement))
+            for k, (placement, bad) in enumerate(self.bad, 1)
+        ]
+        return named | "Bad" >> beam.Flatten(pipeline=self.pipeline)
+
+    def _serve(self, name: str, program: bytes, values: Sequence[Typed]) -> list[Made]:
+        name, settings = self._label(name), self.settings
+        picks, sides = self._picks(values)
+        serve = _work.Serve(program, picks, settings.folder, settings.environment)
+        start = self.pipeline | f"{name}/Start" >> beam.Impulse()
+        producer = start | f"{name}/Run" >> beam.ParDo(serve, *sides)
+        outs = jax.export.deserialize(bytearray(program)).out_avals
+        return [Made(producer, k) for k in range(len(outs))]
+
+    def _add_round(self, plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:
+        settings, name = self.settings, self._label(f"Round over {stage.placement}")
+        chunk = chunk_size(stage, settings.chunk_size)
+        elements = self.elements.get((stage.placement, stage.n), all_of(stage.n))
+        is_known = not isinstance(elements.n, Made)
+        handed_out = [i for i in stage.placed_inputs if isinstance(env[i], Made)]
+        values = [typed(plan, env, i) for i in (*stage.server_inputs, *handed_out)]
+        values += [Typed(x, None, None) for x in (elements.n, elements.skip)]
+        picks, sides = self._picks(values)
+        server, rest = (
+            picks[: len(stage.server_inputs)],
+            picks[len(stage.server_inputs) :],
+        )
+        rows, waits = self._rows(
+            plan, stage, env, dict(zip(handed_out, rest, strict=False))
+        )
+
+        avals = [plan.avals[i] for _, i in stage.reductions]
+        outputs = [as_sent(aval).dtype for aval in stage.body.out_avals[len(avals) :]]
+        files = ChunkFiles(
+            _files.join(settings.folder, name.replace(" ", "-")), chunk, tuple(outputs)
+        )
+        if outputs:
+            _files.make_folder(files.folder)
+        work = _work.Work(
+            program=exported_round(stage, chunk),
+            placement=stage.placement,
+            chunk=chunk,
+            n=rest[-2],
+            server=server,
+            placed=rows,
+            skip=rest[-1],
+            operations=tuple(operation for operation, _ in stage.reductions),
+            dtypes=tuple(aval.dtype for aval in avals),
+            outputs=files,
+            on_bad=settings.on_bad,
+            folder=settings.folder,
+            environment=settings.environment,
+            progress=settings.progress,
+        )
+        if is_known:
+            pieces = ranges(stage.n, chunk)
+            self.ranges += len(pieces)
+            todo = self.pipeline | f"{name}/Ranges" >> beam.Create(pieces)
+            levels = _fold.levels(len(pieces))
+        else:
+            todo = elements.n.producer | f"{name}/Ranges" >> beam.FlatMap(
+                _ranges_of, chunk
+            )
+            todo, levels = todo | f"{name}/Spread" >> beam.Reshuffle(), 2
+        done = todo | f"{name}/Map" >> beam.ParDo(
+            _work.RunRange(work), *sides, *waits
+        ).with_outputs("bad", main="reduced")
+        if settings.on_bad == "collect":
+            self.bad.append((stage.placement, done.bad))
+        may_be_none = not is_known or settings.on_bad == "collect"
+        folded = done.reduced | f"{name}/Fold" >> _fold.Fold(
+            work.operations,
+            work.dtypes,
+            [aval.shape for aval in avals] if may_be_none else None,
+            levels,
+            settings.folder,
+        )
+        env.update((i, Made(folded, k)) for k, (_, i) in enumerate(stage.reductions))
+        for k, i in enumerate(stage.placed_outputs):
+            env[i] = Placed(files, k, folded)
+
+    def _add_scan(self, plan: Plan, stage: Scan, env: dict[int, Any]) -> None:
+        """Adds a loop step by step."""
+        constants = [env[i] for i in stage.constants]
+        carry = [env[i] for i in stage.init]
+        body, n, steps = stage.body, len(stage.xs), range(stage.length)
+        slices = self.compute(
+            "Slices",
+            lambda *xs: [x[t] for t in steps for x in xs],
+            [typed(plan, env, i) for i in stage.xs],
+        )
+        ys: list[Any] = [[] for _ in steps]
+        for t in reversed(steps) if stage.reverse else steps:
+            outs = self.run(body, [*constants, *carry, *slices[t * n : (t + 1) * n]])
+            given = dict(zip(body.outputs, outs, strict=True))
+            carry = outs[: len(carry)]
+            ys[t] = [typed(body, given, i) for i in body.outputs[len(carry) :]]
+        count = len(stage.ys)
+        stacked = self.compute(
+            "Stack",
+            lambda *ys: [jnp.stack(ys[k::count]) for k in range(count)],
+            [*itertools.chain(*ys)],
+        )
+        env.update(zip((*stage.carry, *stage.ys), [*carry, *stacked], strict=True))
+
+    def _rows(
+        self,
+        plan: Plan,
+        stage: MapReduce,
+        env: dict[int, Any],
+        handed_out: dict[int, _work.Pick],
+    ) -> tuple[tuple[_work.Rows, ...], list[Any]]:
+        """How placed inputs are read, those of one reader together; what is before."""
+        groups: dict[Any, list[tuple[int, Placed]]] = {}
+        rows = []
+        for k, i in enumerate(stage.placed_inputs):
+            axis, value = plan.at[i].axis, env[i]
+            if i in handed_out:
+                rows.append(_work.Rows(handed_out[i], (axis,), (k,)))
+                continue
+            if not isinstance(value, Placed):
+                dtype, folder = as_sent(plan.avals[i]).dtype, self.settings.folder
+                value = Placed(reader_of_array(value, axis, dtype, folder), 0)
+                env[i] = value
+            groups.setdefault(id(value.reader), []).append((k, value))
+        for group in groups.values():
+            inputs, values = zip(*group, strict=True)
+            leaves = tuple(value.leaf for value in values)
+            rows.append(_work.Rows(values[0].reader, leaves, inputs))
+        placed = itertools.chain(*groups.values())
+        waits = [x.after for _, x in placed if x.after is not None]
+        return tuple(rows), [pvalue.AsIter(x) for x in dict.fromkeys(waits)]
+
+    def _picks(
+        self, values: Sequence[Typed]
+    ) -> tuple[tuple[_work.Pick, ...], list[Any]]:
+        """Where values are, and the side inputs with those that the pipeline makes."""
+        made = [x.value.producer for x in values if isinstance(x.value, Made)]
+        placed = [x.value.after for x in values if isinstance(x.value, Placed)]
+        producers = [*dict.fromkeys(made)]
+        picks = []
+        for x, _, at in values:
+            if isinstance(x, Made):
+                picks.append(_work.Pick(producers.index(x.producer), x.position))
+            elif isinstance(x, Placed):
+                assert at is not None
+                whole = Whole(x.reader, x.leaf, at.n, at.axis)
+                picks.append(_work.Pick(None, whole))
+            else:
+                staged = _files.stage(np.asarray(x), self.settings.folder)
+                picks.append(_work.Pick(None, staged))
+        waits = [x for x in dict.fromkeys(placed) if x is not None]
+        sides = [*map(pvalue.AsSingleton, producers), *map(pvalue.AsIter, waits)]
+        return tuple(picks), sides
+
+    def _label(self, name: str) -> str:
+        """A label that no other transform has, the same for the same program."""
+        number = self._names[name] = self._names.get(name, 0) + 1
+        return name if number == 1 else f"{name} ({number})"
+
+
+def _named(placement: str, position: int, why: str) -> tuple[str, int, str]:
+    return placement, position, why
+
+
+class Saved(NamedTuple):
+    """Where results are."""
+
+    values: str
+    bad: str | None
+
+
+def typed(plan: Plan, env: dict[int, Any], i: int) -> Typed:
+    return Typed(env[i], plan.avals[i], plan.at.get(i))
+
+
+def chunk_size(stage: MapReduce, said: int | None) -> int:
+    return _chunks.choose(stage, stage.n, said, jax.default_backend(), 1).size
+
+
+def ranges(n: int, chunk: int) -> list[tuple[int, int, int]]:
+    """Pieces of the chunks of n elements: their numbers, and the chunks in them."""
+    chunks = -(-n // chunk)
+    each = min(CHUNKS_OF_RANGE, -(-chunks // _fold.FAN_IN))
+    each = max(1, each, -(-chunks // _fold.MAX_RANGES))
+    lows = range(0, chunks, each)
+    return [(k, low, min(low + each, chunks)) for k, low in enumerate(lows)]
+
+
+def _ranges_of(sizes: Sequence[Any], chunk: int) -> list[tuple[int, int, int]]:
+    return ranges(int(sizes[0]), chunk)
+
+
+def as_sent(aval: Any) -> Any:
+    """The type of a value as it is sent: of keys, that of their data."""
+    if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return aval
+    struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.eval_shape(jax.random.key_data, struct)
+
+
+#
+# Exports, once for each stage: the rounds of a loop share them.
+#
+_exports: weakref.WeakKeyDictionary[Any, dict[Any, bytes]]
+_exports = weakref.WeakKeyDictionary()
+
+
+def _once(stage: Any, key: Any, export: Callable[[], bytes]) -> bytes:
+    known = _exports.setdefault(stage, {})
+    if key not in known:
+        known[key] = export()
+    return known[key]
+
+
+def exported_server(stage: Server) -> bytes:
+    return _once(stage, None, stage.export)
+
+
+def exported_round(stage: MapReduce, chunk: int) -> bytes:
+    return _once(stage, chunk, functools.partial(stage.export, chunk=chunk))

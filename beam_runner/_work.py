@@ -1,0 +1,378 @@
+"""What workers run: ranges of chunks of a round, the folding of what they give.
+
+A worker needs this package and what the sources need, and neither the program nor its
+plan: rounds and server stages come as StableHLO. Chunks, and ranges of chunks, are
+fixed by index, and what they give is folded in the order of their index, so a result
+has the same bits however the runner bundles, orders or repeats the work.
+"""
+
+import functools
+import json
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import jax
+import numpy as np
+from apache_beam.metrics import Metrics
+
+from beam_runner import _environment, _files, _fold
+from beam_runner._sources import ChunkFiles, Reader, Whole, read_good
+
+Arrays = list[np.ndarray]
+METRICS = "drjax"  # The namespace.
+ON_BAD = ("raise", "collect", "keep")
+
+
+class BadElementError(ValueError):
+    """An element cannot be read, or gives what is not finite."""
+
+
+class Pick(NamedTuple):
+    """A value of the server: in what a producer gives, or known from the start."""
+
+    producer: int | None
+    value: Any  # Its position there; or an array, staged or not, or a `Whole`.
+
+
+class Rows(NamedTuple):
+    """Placed inputs that are read together: leaf `leaves[k]` is input `inputs[k]`."""
+
+    reader: Reader | Pick  # A `Pick` is what the server hands out, along an axis.
+    leaves: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+
+class Work(NamedTuple):
+    """A round, as data.
+
+    Args:
+      program: StableHLO of a chunk, see `drjax.plan.MapReduce.export`.
+      placement: its name.
+      chunk: elements in one.
+      n: where the number of elements is.
+      server: where the server's values are.
+      placed: what reads the placed inputs.
+      skip: where the positions of elements that are left out are.
+      operations, dtypes: how what it reduces is combined, and what it is.
+      outputs: where its placed outputs are written.
+      on_bad: 'raise', 'collect' or 'keep'.
+      folder: where large values are staged.
+      environment: what the workers are to have.
+      progress: a folder with a file for each range that is done, or None.
+    """
+
+    program: bytes
+    placement: str
+    chunk: int
+    n: Pick
+    server: tuple[Pick, ...]
+    placed: tuple[Rows, ...]
+    skip: Pick
+    operations: tuple[str, ...]
+    dtypes: tuple[Any, ...]
+    outputs: ChunkFiles
+    on_bad: str
+    folder: str
+    environment: _environment.Recorded
+    progress: str | None
+
+
+class Compiled(NamedTuple):
+    """A function of arrays, and the types of its arguments and results."""
+
+    call: Callable[..., Any]
+    avals: Sequence[Any]
+    out_avals: Sequence[Any]
+
+
+_compiling = threading.Lock()
+
+
+def compiled(program: bytes) -> Compiled:
+    """The function of a stage; compiled once in a process."""
+    with _compiling:  # Threads that need the same one wait for it.
+        return _compiled(program)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(program: bytes) -> Compiled:
+    start = time.perf_counter()
+    exported = jax.export.deserialize(bytearray(program))
+    call = jax.jit(exported.call).lower(*exported.in_avals).compile()
+    _time("compile_ms", start)
+    return Compiled(call, exported.in_avals, exported.out_avals)
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """An array as it is sent; keys as their data."""
+    is_key = jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+def from_numpy(x: Any, aval: Any) -> Any:
+    if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return x
+    impl = jax.random.key_impl(jax.numpy.zeros((), aval.dtype))
+    return jax.random.wrap_key_data(x, impl=impl)
+
+
+def picked(picks: Sequence[Pick], producers: Sequence[Any]) -> Arrays:
+    return [_picked(pick, producers) for pick in picks]
+
+
+def _picked(pick: Pick, producers: Sequence[Any]) -> np.ndarray:
+    if pick.producer is not None:
+        return _files.load(producers[pick.producer][pick.value])
+    is_whole = isinstance(pick.value, Whole)
+    return pick.value.value() if is_whole else _files.load(pick.value)
+
+
+class Serve(beam.DoFn):
+    """A server stage: what it gives, for an element that only starts it."""
+
+    def __init__(
+        self, program: bytes, picks: Sequence[Pick], folder: str, environment: Any
+    ):
+        self.program, self.picks = program, picks
+        self.folder, self.environment = folder, environment
+
+    def setup(self) -> None:
+        _compare(self.environment)
+
+    def process(self, element: Any, *producers: Any) -> Iterator[Any]:
+        run = compiled(self.program)
+        inputs = map(from_numpy, picked(self.picks, producers), run.avals)
+        outs = map(to_numpy, run.call(*inputs))
+        yield [_files.stage(x, self.folder) for x in outs]
+
+
+def _compare(environment: Any) -> None:
+    for difference in _environment.set_alike(environment):
+        Metrics.counter(METRICS, "environment_differences").inc()
+        logging.getLogger("beam_runner").warning(
+            "beam_runner: a worker has another numeric environment than the driver, so "
+            "results may differ in their last bits: %s",
+            difference,
+        )
+
+
+class RunRange(beam.DoFn):
+    """`(range, first chunk, last chunk) -> (range, what its chunks reduce to)`.
+
+    Elements that are left out go to the output 'bad', as `(position, why)`.
+    """
+
+    def __init__(self, work: Work):
+        self.work = work
+
+    def setup(self) -> None:
+        _compare(self.work.environment)
+
+    def process(self, element: Any, *producers: Any) -> Iterator[Any]:
+        work, (index, first, last) = self.work, element
+        run = Chunks(work, producers)
+        start, waiting = time.perf_counter(), None
+        for chunk in range(first, last):
+            started = run.start(chunk)  # While it runs, the next one is read.
+            if waiting is not None:
+                run.finish(waiting)
+            waiting = started
+        run.finish(waiting)
+        _time("range_ms", start)
+        for bad in run.bad:
+            yield beam.pvalue.TaggedOutput("bad", bad)
+        _count("elements", run.count)
+        _count("bad_elements", len(run.bad))
+        _count("bytes_down", sum(x.nbytes for x in run.server))
+        if run.total is not None:
+            _count("bytes_up", sum(x.nbytes for x in run.total))
+            yield index, [_files.stage(x, work.folder) for x in run.total]
+        if work.progress:
+            done = _files.join(work.progress, f"{index}-{last - first}")
+            _files.write(done, lambda _: None)
+
+
+def _count(name: str, value: int) -> None:
+    Metrics.counter(METRICS, name).inc(value)
+
+
+def _time(name: str, start: float) -> None:
+    milliseconds = round(1000 * (time.perf_counter() - start))
+    Metrics.distribution(METRICS, name).update(milliseconds)
+
+
+class Started(NamedTuple):
+    """A chunk that runs: its elements, their rows, and what will be there."""
+
+    chunk: int
+    good: list[int]
+    rows: Arrays
+    outs: Sequence[Any]
+
+
+class Chunks:
+    """Runs chunks of a round one after the other, and folds what they give."""
+
+    def __init__(self, work: Work, producers: Sequence[Any]):
+        self.work, self.producers = work, producers
+        self.server = picked(work.server, producers)
+        self.n = int(_picked(work.n, producers))
+        self.skip = {*_picked(work.skip, producers).tolist()}
+        self.program = compiled(work.program)
+        avals = self.program.avals[2 : 2 + len(self.server)]
+        self.on_device = [
+            jax.device_put(from_numpy(x, aval))
+            for x, aval in zip(self.server, avals, strict=True)
+        ]
+        self.total: Arrays | None = None
+        self.bad: list[tuple[int, str]] = []
+        self.count = 0
+
+    def start(self, chunk: int) -> Started:
+        low = chunk * self.work.chunk
+        high = min(low + self.work.chunk, self.n)
+        good, rows = self.read(low, high)
+        return Started(chunk, good, rows, self.call(good, rows) if good else [])
+
+    def call(self, numbers: Sequence[int], rows: Arrays) -> Sequence[Any]:
+        """Starts the program for some elements, fewer than a chunk has perhaps."""
+        missing = self.work.chunk - len(numbers)
+        index = np.array([*numbers, *numbers[:1] * missing], np.int32)
+        padded = [
+            np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) if missing else x
+            for x in rows
+        ]
+        avals = self.program.avals[2 + len(self.server) :]
+        placed = map(from_numpy, padded, avals)
+        return self.program.call(
+            np.int32(len(numbers)), index, *self.on_device, *placed
+        )
+
+    def finish(self, started: Started) -> None:
+        good, rows, parts = started.good, started.rows, len(self.work.operations)
+        outs = [*map(to_numpy, started.outs)]
+        if self.work.on_bad != "keep" and good:
+            bad = self.not_finite(good, rows, outs)
+            for i in bad:
+                self.failed(i, None)
+            if bad:
+                kept = [k for k, i in enumerate(good) if i not in bad]
+                good, rows = [good[k] for k in kept], [x[kept] for x in rows]
+                outs = [*map(to_numpy, self.call(good, rows))] if good else []
+        low = started.chunk * self.work.chunk
+        if self.work.outputs.dtypes:
+            size = min(self.work.chunk, self.n - low)
+            self.write(started.chunk, size, [i - low for i in good], outs[parts:])
+        if good:
+            self.count += len(good)
+            reduced = _fold.widened(self.work.operations, outs[:parts])
+            self.total = (
+                reduced
+                if self.total is None
+                else _fold.combined(self.work.operations, self.total, reduced)
+            )
+
+    def write(self, chunk: int, size: int, kept: list[int], outs: Arrays) -> None:
+        """Writes placed outputs; rows of elements that are left out are NaN or 0."""
+        if len(kept) < size:
+            avals = self.program.out_avals[len(self.work.operations) :]
+            rows = [_empty(aval) for aval in avals]
+            for x, out in zip(rows, outs, strict=False):  # None, if all are bad.
+                x[kept] = out[: len(kept)]
+            outs = rows
+        self.work.outputs.write(chunk, [x[:size] for x in outs])
+
+    def read(self, low: int, high: int) -> tuple[list[int], Arrays]:
+        """The rows of all placed inputs, of the elements for which all can be read."""
+        skip, groups = {*self.skip}, []
+        for rows in self.work.placed:
+            if isinstance(rows.reader, Pick):
+                x = _picked(rows.reader, self.producers)
+                numbers = [i for i in range(low, high) if i not in skip]
+                x = np.moveaxis(x, rows.leaves[0], 0)[np.array(numbers, int)]
+                groups.append((numbers, [x], (0,), rows.inputs))
+            else:
+                numbers, leaves = read_good(rows.reader, low, skip, high, self.failed)
+                skip.update(i for i in range(low, high) if i not in numbers)
+                groups.append((numbers, leaves, rows.leaves, rows.inputs))
+        good = [i for i in range(low, high) if i not in skip]
+        placed: dict[int, np.ndarray] = {}
+        for numbers, leaves, taken, inputs in groups:
+            if len(numbers) > len(good):
+                kept = np.isin(numbers, good)
+                leaves = [x[kept] for x in leaves]
+            for leaf, k in zip(taken, inputs, strict=True):
+                placed[k] = leaves[leaf]
+        return good, [placed[k] for k in range(len(placed))]
+
+    def failed(self, i: int, error: Exception | None) -> None:
+        """Notes an element that is bad; or raises, as is asked for."""
+        why = "it gives values that are not finite"
+        if error is not None:
+            why = f"it cannot be read: {type(error).__name__}: {error}"
+        if self.work.on_bad != "collect":
+            advice = (
+                "Mend it; or run with on_bad='collect', which leaves such elements out"
+            )
+            if error is None:
+                advice += ", or with on_bad='keep', which gives what jit gives"
+            where = "".join(traceback.format_exception(error)) if error else ""
+            raise BadElementError(
+                f"beam_runner: element {i} of {self.work.placement!r} is bad: {why}. "
+                f"{advice}.\n{where}"
+            ) from error
+        self.bad.append((i, why))
+
+    def not_finite(self, good: list[int], rows: Arrays, outs: Arrays) -> list[int]:
+        """Which of the elements give something that is not finite."""
+        parts = len(self.work.operations)
+        found = {
+            good[k]
+            for x in outs[parts:]
+            if x.dtype.kind not in "biu"
+            for k in np.flatnonzero(~_finite_rows(x[: len(good)]))
+        }
+        if all(map(_fold.is_finite, self.work.operations, outs[:parts])):
+            return sorted(found)
+        halves = [(good, rows)]
+        while halves:
+            numbers, rows = halves.pop()
+            if len(numbers) < len(good) or len(good) == 1:
+                outs = [*map(to_numpy, self.call(numbers, rows))]
+                if all(map(_fold.is_finite, self.work.operations, outs[:parts])):
+                    continue
+            if len(numbers) == 1:
+                found.add(numbers[0])
+                continue
+            half = len(numbers) // 2
+            halves.append((numbers[half:], [x[half:] for x in rows]))
+            halves.append((numbers[:half], [x[:half] for x in rows]))
+        return sorted(found)
+
+
+def _finite_rows(x: np.ndarray) -> np.ndarray:
+    return np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+
+def _empty(aval: Any) -> np.ndarray:
+    """Rows of what elements that are left out would have given."""
+    x = np.array(to_numpy(jax.numpy.zeros(aval.shape, aval.dtype)))
+    if x.dtype.kind not in "biu":
+        x[...] = np.nan
+    return x
+
+
+def save(path: str, picks: Sequence[Pick], _: Any, *producers: Any) -> None:
+    """Writes values for the driver."""
+    _files.write_arrays(path, picked(picks, producers))
+
+
+def save_bad(path: str, bad: Sequence[Any]) -> None:
+    """Writes the elements that are left out, `(placement, position, why)`."""
+    text = json.dumps(sorted(bad))
+    _files.write(path, lambda file: file.write(text.encode()))
