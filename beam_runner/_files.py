@@ -7,6 +7,7 @@ that a repeated piece of work does no harm.
 import functools
 import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -57,7 +58,7 @@ def write_arrays(path: str, arrays: Sequence[np.ndarray]) -> None:
 
     def write_to(file: Any) -> None:
         for x in arrays:
-            np.lib.format.write_array(file, _plain(x), allow_pickle=False)
+            np.lib.format.write_array(file, plain(x), allow_pickle=False)
 
     write(path, write_to)
 
@@ -71,12 +72,16 @@ def read_arrays(path: str, dtypes: Sequence[Any]) -> list[np.ndarray]:
     ]
 
 
-def read_bytes(path: str) -> bytes:
+def write_json(path: str, value: Any) -> None:
+    write(path, lambda file: file.write(json.dumps(value).encode()))
+
+
+def read_json(path: str) -> Any:
     with FileSystems.open(path) as file:
-        return file.read()
+        return json.loads(file.read())
 
 
-def _plain(x: np.ndarray) -> np.ndarray:
+def plain(x: np.ndarray) -> np.ndarray:
     """An array of a dtype that NumPy's format knows: bytes stand for bfloat16."""
     x = np.ascontiguousarray(x).reshape(np.shape(x))
     return x if x.dtype.kind in "biufc" else x.view(f"u{x.dtype.itemsize}")
@@ -132,7 +137,7 @@ def load(x: np.ndarray | Staged) -> np.ndarray:
 
 
 def _digest(x: np.ndarray) -> str:
-    return hashlib.sha256(_plain(x).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(plain(x).reshape(-1).view(np.uint8)).hexdigest()
 
 
 @functools.cache

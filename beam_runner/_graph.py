@@ -20,6 +20,7 @@ from apache_beam import pvalue
 from beam_runner import _environment, _files, _fold, _work
 from beam_runner._sources import ChunkFiles, Reader, Whole, reader_of_array
 from drjax import _chunks
+from drjax._export import as_size
 from drjax.plan import At, MapReduce, Plan, Scan, Server
 
 CHUNKS_OF_RANGE = 16  # At most, unless there are very many: what a worker gets at once.
@@ -46,7 +47,8 @@ class Settings(NamedTuple):
     """How stages are run.
 
     Args:
-      folder: for files.
+      folder: for files of this pipeline.
+      staging: for large values, by their content; of all pipelines of a run.
       chunk_size: elements in a chunk; None, to choose.
       on_bad: as in `run`.
       environment: what workers are to have.
@@ -54,6 +56,7 @@ class Settings(NamedTuple):
     """
 
     folder: str
+    staging: str
     chunk_size: int | None
     on_bad: str
     environment: _environment.Recorded
@@ -152,48 +155,24 @@ class Graph:
         program = jax.export.export(jax.jit(fn))(*structs)
         return self._serve(name, bytes(program.serialize()), values)
 
-    def save(self, values: Sequence[Typed]) -> "Saved":
-        """Adds what writes values of the server, and bad elements, for the driver."""
-        paths = Saved(
-            _files.join(self.settings.folder, "values"),
-            _files.join(self.settings.folder, "bad") if self.bad else None,
-        )
-        picks, sides = self._picks(values)
-        start = self.pipeline | "Results/Start" >> beam.Impulse()
-        save = functools.partial(_work.save, paths.values, picks)
-        _ = start | "Results/Save" >> beam.Map(save, *sides)
-        if self.bad:
-            found = self.found() | "Results/Bad list" >> beam.combiners.ToList()
-            save_bad = functools.partial(_work.save_bad, paths.bad)
-            _ = found | "Results/Bad" >> beam.Map(save_bad)
-        return paths
-
-    def found(self) -> Any:
-        """The bad elements of all rounds: `(placement, position, why)`."""
-        named = [
-            bad | f"Bad {k}" >> beam.MapTuple(functools.partial(_named, placement))
-            for k, (placement, bad) in enumerate(self.bad, 1)
-        ]
-        return named | "Bad" >> beam.Flatten(pipeline=self.pipeline)
-
     def _serve(self, name: str, program: bytes, values: Sequence[Typed]) -> list[Made]:
-        name, settings = self._label(name), self.settings
-        picks, sides = self._picks(values)
-        serve = _work.Serve(program, picks, settings.folder, settings.environment)
+        name, settings = self.label(name), self.settings
+        picks, sides = self.picks(values)
+        serve = _work.Serve(program, picks, settings.staging, settings.environment)
         start = self.pipeline | f"{name}/Start" >> beam.Impulse()
         producer = start | f"{name}/Run" >> beam.ParDo(serve, *sides)
         outs = jax.export.deserialize(bytearray(program)).out_avals
         return [Made(producer, k) for k in range(len(outs))]
 
     def _add_round(self, plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:
-        settings, name = self.settings, self._label(f"Round over {stage.placement}")
+        settings, name = self.settings, self.label(f"Round over {stage.placement}")
         chunk = chunk_size(stage, settings.chunk_size)
         elements = self.elements.get((stage.placement, stage.n), all_of(stage.n))
         is_known = not isinstance(elements.n, Made)
         handed_out = [i for i in stage.placed_inputs if isinstance(env[i], Made)]
         values = [typed(plan, env, i) for i in (*stage.server_inputs, *handed_out)]
         values += [Typed(x, None, None) for x in (elements.n, elements.skip)]
-        picks, sides = self._picks(values)
+        picks, sides = self.picks(values)
         server, rest = (
             picks[: len(stage.server_inputs)],
             picks[len(stage.server_inputs) :],
@@ -221,7 +200,7 @@ class Graph:
             dtypes=tuple(aval.dtype for aval in avals),
             outputs=files,
             on_bad=settings.on_bad,
-            folder=settings.folder,
+            folder=settings.staging,
             environment=settings.environment,
             progress=settings.progress,
         )
@@ -246,7 +225,7 @@ class Graph:
             work.dtypes,
             [aval.shape for aval in avals] if may_be_none else None,
             levels,
-            settings.folder,
+            settings.staging,
         )
         env.update((i, Made(folded, k)) for k, (_, i) in enumerate(stage.reductions))
         for k, i in enumerate(stage.placed_outputs):
@@ -292,7 +271,7 @@ class Graph:
                 rows.append(_work.Rows(handed_out[i], (axis,), (k,)))
                 continue
             if not isinstance(value, Placed):
-                dtype, folder = as_sent(plan.avals[i]).dtype, self.settings.folder
+                dtype, folder = as_sent(plan.avals[i]).dtype, self.settings.staging
                 value = Placed(reader_of_array(value, axis, dtype, folder), 0)
                 env[i] = value
             groups.setdefault(id(value.reader), []).append((k, value))
@@ -304,7 +283,7 @@ class Graph:
         waits = [x.after for _, x in placed if x.after is not None]
         return tuple(rows), [pvalue.AsIter(x) for x in dict.fromkeys(waits)]
 
-    def _picks(
+    def picks(
         self, values: Sequence[Typed]
     ) -> tuple[tuple[_work.Pick, ...], list[Any]]:
         """Where values are, and the side inputs with those that the pipeline makes."""
@@ -320,27 +299,16 @@ class Graph:
                 whole = Whole(x.reader, x.leaf, at.n, at.axis)
                 picks.append(_work.Pick(None, whole))
             else:
-                staged = _files.stage(np.asarray(x), self.settings.folder)
+                staged = _files.stage(np.asarray(x), self.settings.staging)
                 picks.append(_work.Pick(None, staged))
         waits = [x for x in dict.fromkeys(placed) if x is not None]
         sides = [*map(pvalue.AsSingleton, producers), *map(pvalue.AsIter, waits)]
         return tuple(picks), sides
 
-    def _label(self, name: str) -> str:
+    def label(self, name: str) -> str:
         """A label that no other transform has, the same for the same program."""
         number = self._names[name] = self._names.get(name, 0) + 1
         return name if number == 1 else f"{name} ({number})"
-
-
-def _named(placement: str, position: int, why: str) -> tuple[str, int, str]:
-    return placement, position, why
-
-
-class Saved(NamedTuple):
-    """Where results are."""
-
-    values: str
-    bad: str | None
 
 
 def typed(plan: Plan, env: dict[int, Any], i: int) -> Typed:
@@ -349,6 +317,24 @@ def typed(plan: Plan, env: dict[int, Any], i: int) -> Typed:
 
 def chunk_size(stage: MapReduce, said: int | None) -> int:
     return _chunks.choose(stage, stage.n, said, jax.default_backend(), 1).size
+
+
+def checked_chunk_size(size: Any) -> int | None:
+    if size is None:
+        return None
+    if (n := as_size(size)) < 1:
+        raise ValueError(
+            "beam_runner: chunk_size is a number of elements, one at least, or None, "
+            f"but got {size!r}."
+        )
+    return n
+
+
+def check_on_bad(on_bad: str) -> None:
+    if on_bad not in _work.ON_BAD:
+        raise ValueError(
+            f"beam_runner: on_bad is one of {_work.ON_BAD}, but got {on_bad!r}."
+        )
 
 
 def ranges(n: int, chunk: int) -> list[tuple[int, int, int]]:

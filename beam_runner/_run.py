@@ -1,10 +1,9 @@
 """Runs a program as Beam pipelines: one for each stretch of a plan without loops."""
 
 import contextlib
-import json
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -15,7 +14,7 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 from apache_beam.runners import create_runner
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from beam_runner import _environment, _files, _progress, _work
+from beam_runner import _environment, _files, _progress, _results, _work
 from beam_runner._arguments import check_sources, values_of
 from beam_runner._graph import (
     Elements,
@@ -25,10 +24,12 @@ from beam_runner._graph import (
     Settings,
     Taking,
     as_sent,
+    check_on_bad,
+    checked_chunk_size,
     first_values,
     typed,
 )
-from beam_runner._sources import Whole
+from beam_runner._sources import Whole, reader_of_array
 from drjax import make_plan
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While, reads_of
 
@@ -57,9 +58,19 @@ class Details(NamedTuple):
     pipelines: int
 
 
-def run(program: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def run(
+    program: Callable[..., Any],
+    *args: Any,
+    runner: Any = "embedded",
+    options: Any = None,
+    chunk_size: int | None = None,
+    temp_location: str | None = None,
+    on_bad: str = "raise",
+    progress: bool = False,
+) -> Any:
     """Runs a program, or a derivative of one, as Apache Beam pipelines."""
-    return run_with_details(program, *args, **options).result
+    session = Session(runner, options, chunk_size, temp_location, on_bad, progress)
+    return session.run(program, args).result
 
 
 def run_with_details(
@@ -74,8 +85,7 @@ def run_with_details(
 ) -> Details:
     """As `run`; also returns the elements that were left out, and metrics."""
     session = Session(runner, options, chunk_size, temp_location, on_bad, progress)
-    values = values_of(args)
-    return session.run(make_plan(program)(*values.structs).recomputed(), values.leaves)
+    return session.run(program, args)
 
 
 class _Again(Exception):
@@ -96,7 +106,8 @@ class Session:
     ):
         check_on_bad(on_bad)
         self.runner, self.options = _runner_of(runner), _options_of(options)
-        self.chunk_size, self.on_bad, self.progress = chunk_size, on_bad, progress
+        self.chunk_size = checked_chunk_size(chunk_size)
+        self.on_bad, self.progress = on_bad, progress
         said = self.options.view_as(GoogleCloudOptions).temp_location
         self.temp_location = temp_location or said
         if self.temp_location is None and not isinstance(self.runner, FnApiRunner):
@@ -105,28 +116,32 @@ class Session:
                 "temp_location, which is a folder that all its workers reach."
             )
 
-    def run(self, plan: Plan, leaves: Sequence[Any]) -> Details:
-        """Runs a plan that recomputes, with arguments leaf by leaf."""
-        check_sources(plan, leaves)
-        folder = _files.new_folder(self.temp_location or tempfile.gettempdir())
-        try:
-            run = _Run(self, folder)
-            while True:
-                with contextlib.suppress(_Again):
-                    outs = run.plan(plan, leaves)
-                    break
-            outs = [
-                _result(plan.avals[i], run.whole(plan, i, x))
-                for i, x in zip(plan.outputs, outs, strict=True)
-            ]
-        finally:
-            _files.remove(folder)
-        result = jax.tree.unflatten(plan.out_tree, outs)
+    def run(self, program: Callable[..., Any], args: Sequence[Any]) -> Details:
+        plan, leaves = plan_of(program, args)
+        with self.open() as run:
+            result = run.results(plan, run.staged(plan, leaves))
         return Details(result, tuple(sorted(run.bad)), run.metrics, run.pipelines)
 
+    @contextlib.contextmanager
+    def open(self) -> Generator["Run"]:
+        """A run, with a folder while it lasts."""
+        folder = _files.new_folder(self.temp_location or tempfile.gettempdir())
+        try:
+            yield Run(self, folder)
+        finally:
+            _files.remove(folder)
 
-class _Run:
-    """One run: it interprets plans, and counts."""
+
+def plan_of(program: Callable[..., Any], args: Sequence[Any]) -> tuple[Plan, list[Any]]:
+    """A plan that recomputes, and the arguments leaf by leaf."""
+    values = values_of(args)
+    plan = make_plan(program)(*values.structs).recomputed()
+    check_sources(plan, values.leaves)
+    return plan, values.leaves
+
+
+class Run:
+    """Interprets plans, and counts."""
 
     def __init__(self, session: Session, folder: str):
         self.session, self.folder = session, folder
@@ -134,6 +149,31 @@ class _Run:
         self.bad: set[Bad] = set()
         self.metrics: dict[str, int] = {}
         self.pipelines = 0
+
+    def staged(self, plan: Plan, leaves: Sequence[Any]) -> list[Any]:
+        """Arguments of which those that rounds read are in files, written once."""
+        rounds = (stage for stage in plan.stages if isinstance(stage, MapReduce))
+        placed = {i for stage in rounds for i in stage.placed_inputs}
+        staged = [*leaves]
+        for k, i in enumerate(plan.inputs):
+            if i in placed and not isinstance(leaves[k], Placed):
+                dtype = as_sent(plan.avals[i]).dtype
+                axis = plan.at[i].axis
+                reader = reader_of_array(leaves[k], axis, dtype, self.folder)
+                staged[k] = Placed(reader, 0)
+        return staged
+
+    def results(self, plan: Plan, leaves: Sequence[Any]) -> Any:
+        """What a planned function returns; starts again while elements are bad."""
+        while True:
+            with contextlib.suppress(_Again):
+                outs = self.plan(plan, leaves)
+                break
+        results = [
+            result_of(plan.avals[i], self.whole(plan, i, x))
+            for i, x in zip(plan.outputs, outs, strict=True)
+        ]
+        return jax.tree.unflatten(plan.out_tree, results)
 
     def plan(self, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
         """The results of a plan, leaf by leaf; values are arrays, or `Placed`."""
@@ -217,13 +257,18 @@ class _Run:
             return
         self.pipelines += 1
         session = self.session
-        folder = _files.join(self.folder, f"pipeline-{self.pipelines}")
-        progress = _files.join(folder, "progress") if session.progress else None
-        for path in (folder, progress):
+        own = _files.join(self.folder, f"pipeline-{self.pipelines}")
+        progress = _files.join(own, "progress") if session.progress else None
+        for path in (own, progress):
             if path:
                 _files.make_folder(path)
         settings = Settings(
-            folder, session.chunk_size, session.on_bad, self.environment, progress
+            own,
+            self.folder,
+            session.chunk_size,
+            session.on_bad,
+            self.environment,
+            progress,
         )
         pipeline = beam.Pipeline(runner=session.runner, options=session.options)
         graph = Graph(pipeline, settings, self.elements(plan))
@@ -232,15 +277,15 @@ class _Run:
             graph.add(plan, stage, inner)
         read = {i for stage in later for i in reads_of(stage)} | {*plan.outputs}
         made = [i for i in read if isinstance(inner.get(i), Made)]
-        paths = graph.save([typed(plan, inner, i) for i in made])
+        saved = _results.save(graph, [typed(plan, inner, i) for i in made])
         with _bar(self.pipelines, graph.ranges, progress):
             result = pipeline.run()
             result.wait_until_finish()
         self.measure(result)
-        if paths.bad is not None:
-            self.leave_out(json.loads(_files.read_bytes(paths.bad)))
+        if saved.bad is not None:
+            self.leave_out(_files.read_json(saved.bad))
         dtypes = [as_sent(plan.avals[i]).dtype for i in made]
-        values = _files.read_arrays(paths.values, dtypes)
+        values = _files.read_arrays(saved.values, dtypes)
         env.update(zip(made, values, strict=True))
         placed = (i for i in read if isinstance(inner.get(i), Placed))
         env.update((i, Placed(inner[i].reader, inner[i].leaf)) for i in placed)
@@ -280,18 +325,11 @@ def _bar(number: int, total: int, folder: str | None) -> Any:
     return _progress.bar(f"Pipeline {number}", folder, total)
 
 
-def _result(aval: Any, x: Any) -> Any:
+def result_of(aval: Any, x: Any) -> Any:
     """A result as jit gives it."""
     if aval.dtype == jax.dtypes.float0:
         return np.zeros(aval.shape, aval.dtype)
     return jnp.asarray(_work.from_numpy(x, aval))
-
-
-def check_on_bad(on_bad: str) -> None:
-    if on_bad not in _work.ON_BAD:
-        raise ValueError(
-            f"beam_runner: on_bad is one of {_work.ON_BAD}, but got {on_bad!r}."
-        )
 
 
 def _options_of(options: Any) -> PipelineOptions:

@@ -101,8 +101,8 @@ class SourceReader:
         if got != tree or [x.shape for x in leaves] != shapes:
             raise SourceError(
                 f"beam_runner: {type(self.source).__name__}.read({low}, {high}) gives "
-                f"{_described(rows)}, but its first element is "
-                f"{_described(self.tree)}. All elements are of the same shapes, "
+                f"{described(rows)}, but its first element is "
+                f"{described(self.tree)}. All elements are of the same shapes, "
                 f"and here {high - low} of them are asked for. Pad what is shorter, "
                 "and give a mask."
             )
@@ -115,7 +115,7 @@ class SourceError(TypeError):
     """A source does not do what it is to do: no matter of single elements."""
 
 
-def _described(tree: Any) -> str:
+def described(tree: Any) -> str:
     return str(jax.tree.map(lambda x: f"{x.dtype}{list(np.shape(x))}", tree))
 
 

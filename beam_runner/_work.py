@@ -7,7 +7,6 @@ has the same bits however the runner bundles, orders or repeats the work.
 """
 
 import functools
-import json
 import logging
 import threading
 import time
@@ -365,14 +364,3 @@ def _empty(aval: Any) -> np.ndarray:
     if x.dtype.kind not in "biu":
         x[...] = np.nan
     return x
-
-
-def save(path: str, picks: Sequence[Pick], _: Any, *producers: Any) -> None:
-    """Writes values for the driver."""
-    _files.write_arrays(path, picked(picks, producers))
-
-
-def save_bad(path: str, bad: Sequence[Any]) -> None:
-    """Writes the elements that are left out, `(placement, position, why)`."""
-    text = json.dumps(sorted(bad))
-    _files.write(path, lambda file: file.write(text.encode()))

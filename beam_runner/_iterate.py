@@ -1,0 +1,167 @@
+"""Many rounds with a stop that depends on the data, which can be interrupted."""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from apache_beam.io.filesystems import FileSystems
+
+from beam_runner import _files, _work
+from beam_runner._graph import Placed, as_sent
+from beam_runner._run import Bad, Session, plan_of, result_of
+from drjax.plan import Plan
+
+
+class Iterations(NamedTuple):
+    """What `iterate` gives.
+
+    Args:
+      state: after the last round.
+      rounds: how many there were, those before an interruption among them.
+      is_done: whether `until` was true in the end.
+      bad: the elements that were left out.
+      metrics: of the pipelines of this process, by name.
+    """
+
+    state: Any
+    rounds: int
+    is_done: bool
+    bad: tuple[Bad, ...]
+    metrics: dict[str, int]
+
+
+def iterate(
+    step: Callable[..., Any],
+    state: Any,
+    *args: Any,
+    until: Callable[[Any], Any],
+    max_rounds: int,
+    checkpoint_dir: str | None = None,
+    runner: Any = "embedded",
+    options: Any = None,
+    chunk_size: int | None = None,
+    temp_location: str | None = None,
+    on_bad: str = "raise",
+    progress: bool = False,
+) -> Iterations:
+    """Runs `state = step(state, *args)` as Beam pipelines, until a condition holds."""
+    session = Session(runner, options, chunk_size, temp_location, on_bad, progress)
+    plan, leaves = plan_of(step, (state, *args))
+    count = len(jax.tree.leaves(state))
+    _check_step(plan, count, state)
+    initial = leaves[:count]
+    checkpoints = None
+    if checkpoint_dir is not None:
+        about = {"plan": plan.hash, "arguments": _digest(leaves), "on_bad": on_bad}
+        checkpoints = _Checkpoints(checkpoint_dir, plan, count, about)
+    with session.open() as run:
+        leaves = run.staged(plan, leaves)
+        rounds = 0
+        if checkpoints is not None and (found := checkpoints.latest()) is not None:
+            rounds, initial, run.bad = found
+            state = _state(plan, count, state, initial)
+        while not (is_done := bool(until(state))) and rounds < max_rounds:
+            values = [*initial, *leaves[count:]]
+            state, rounds = run.results(plan, values), rounds + 1
+            initial = [_work.to_numpy(x) for x in jax.tree.leaves(state)]
+            if checkpoints is not None:
+                checkpoints.write(rounds, initial, run.bad)
+    return Iterations(state, rounds, is_done, tuple(sorted(run.bad)), run.metrics)
+
+
+def _state(plan: Plan, count: int, like: Any, leaves: Sequence[Any]) -> Any:
+    avals = [plan.avals[i] for i in plan.inputs[:count]]
+    values = [result_of(aval, x) for aval, x in zip(avals, leaves, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def _check_step(plan: Plan, count: int, state: Any) -> None:
+    """Checks that a step gives a state of the structure and types that it takes."""
+    given = [plan.avals[i] for i in plan.inputs[:count]]
+    made = [plan.avals[i] for i in plan.outputs]
+    want, got = jax.tree.structure(state), plan.out_tree
+    types = [[f"{x.dtype}{list(x.shape)}" for x in avals] for avals in (given, made)]
+    if want != got or types[0] != types[1]:
+        raise TypeError(
+            "beam_runner.iterate: the step is to give a state like the one that it "
+            f"takes, {jax.tree.unflatten(want, types[0])}, but gives "
+            f"{jax.tree.unflatten(got, types[1])}."
+        )
+
+
+def _digest(leaves: Sequence[Any]) -> str:
+    """Tells arguments apart: arrays by content, files and sources by what they say."""
+    digest = hashlib.sha256()
+    for x in leaves:
+        if isinstance(x, Placed):
+            source: Any = getattr(x.reader, "source", None)
+            about = f"{type(source).__qualname__} {source.num_elements} {x.leaf}"
+            digest.update(about.encode())
+        elif isinstance(x, np.memmap):
+            digest.update(f"{x.filename} {x.dtype} {x.shape}".encode())
+        else:
+            digest.update(f"{x.dtype} {x.shape}".encode())
+            digest.update(_files.plain(x).tobytes())
+    return digest.hexdigest()
+
+
+class _Checkpoints:
+    """The last two rounds, each a file in NumPy's npz format, which has checksums."""
+
+    def __init__(self, folder: str, plan: Plan, count: int, about: dict[str, Any]):
+        self.folder, self.about = folder, about
+        self.dtypes = [as_sent(plan.avals[i]).dtype for i in plan.inputs[:count]]
+        if not FileSystems.exists(folder):
+            _files.make_folder(folder)
+
+    def path(self, number: int) -> str:
+        return _files.join(self.folder, f"round-{number:08d}.npz")
+
+    def write(self, number: int, leaves: Sequence[Any], bad: set[Bad]) -> None:
+        about = {**self.about, "round": number, "bad": sorted(bad)}
+        arrays = {f"leaf_{k}": _files.plain(x) for k, x in enumerate(leaves)}
+        arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+
+        def write_to(file: Any) -> None:
+            data = io.BytesIO()  # An npz is not written from front to back.
+            np.savez(data, allow_pickle=False, **arrays)
+            file.write(data.getbuffer())
+
+        _files.write(self.path(number), write_to)
+        old = self.path(number - 2)
+        if number > 2 and FileSystems.exists(old):
+            FileSystems.delete([old])
+
+    def latest(self) -> tuple[int, list[Any], set[Bad]] | None:
+        """The last round that was finished, its state, and what was left out."""
+        (found,) = FileSystems.match([_files.join(self.folder, "round-*.npz")])
+        paths = sorted(metadata.path for metadata in found.metadata_list)
+        if not paths:
+            return None
+        try:
+            with FileSystems.open(paths[-1]) as file:
+                data = io.BytesIO(file.read())
+            with np.load(data, allow_pickle=False) as arrays:
+                about = json.loads(bytes(arrays["about"]))
+                leaves = [
+                    arrays[f"leaf_{k}"].view(dtype)
+                    for k, dtype in enumerate(self.dtypes)
+                ]
+        except (zipfile.BadZipFile, EOFError, KeyError, ValueError, OSError) as e:
+            raise ValueError(
+                f"beam_runner.iterate: {paths[-1]} is damaged, or no checkpoint. Remove "
+                "it, to go on from the one before."
+            ) from e
+        other = [name for name, value in self.about.items() if about[name] != value]
+        if other:
+            raise ValueError(
+                f"beam_runner.iterate: {self.folder} has the rounds of another run, for "
+                f"it differs in: {', '.join(other)}. Name another checkpoint_dir, or "
+                "remove this one to begin anew."
+            )
+        return about["round"], leaves, {Bad(*bad) for bad in about["bad"]}

@@ -1,0 +1,340 @@
+"""A program as a transform of one's own pipeline."""
+
+import functools
+import itertools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import jax
+import numpy as np
+from apache_beam import pvalue
+from apache_beam.options.pipeline_options import GoogleCloudOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.window import GlobalWindows
+
+from beam_runner import _environment, _files, _gather, _results
+from beam_runner._arguments import check_sources, values_of
+from beam_runner._graph import (
+    Elements,
+    Graph,
+    Made,
+    Placed,
+    Settings,
+    Taking,
+    all_of,
+    as_sent,
+    check_on_bad,
+    checked_chunk_size,
+    typed,
+)
+from beam_runner._sources import ChunkFiles
+from drjax import make_plan
+from drjax.plan import Plan
+
+
+class Result(NamedTuple):
+    """What a `MapReduce` gives.
+
+    Args:
+      server: a PCollection of one tree, as the program returns it, of NumPy arrays; in
+        place of placed leaves it has None.
+      placed: a PCollection of `(index, tree)`, in which other leaves are None; it is
+        empty if the program returns nothing placed.
+      bad: a PCollection of `(placement, index, why)`, of the elements that were left
+        out; empty unless `on_bad='collect'`.
+    """
+
+    server: Any
+    placed: Any
+    bad: Any
+
+
+class Chunks(NamedTuple):
+    """A placed argument that arrives as ready chunks, `(first index, arrays)`.
+
+    Args:
+      structs: the types of the placed value, a tree of `[n, ...]`.
+      size: elements in a chunk; only the last one may have fewer.
+    """
+
+    structs: Any
+    size: int
+
+
+class MapReduce(beam.PTransform):
+    """A program, or a derivative of one, as a transform of a pipeline."""
+
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        *args: Any,
+        chunk_size: int | None = None,
+        temp_location: str | None = None,
+        on_bad: str = "raise",
+        any_number: bool = False,
+    ):
+        super().__init__()
+        check_on_bad(on_bad)
+        self.chunk_size, self.on_bad = checked_chunk_size(chunk_size), on_bad
+        self.temp_location, self.any_number = temp_location, any_number
+        self.arguments = [_argument(k, arg) for k, arg in enumerate(args, 1)]
+        structs = [argument.structs for argument in self.arguments]
+        self.plan = make_plan(program)(*structs).recomputed()
+        leaves = [leaf for argument in self.arguments for leaf in argument.leaves]
+        check_sources(self.plan, leaves)
+        _check_uses(self.plan, self.arguments, any_number)
+
+    def expand(self, input_or_inputs: Any) -> Result:
+        arriving = [x for x in self.arguments if x.arrives]
+        collections = _collections_of(input_or_inputs, arriving)
+        pipeline = (
+            input_or_inputs.pipeline if not collections else collections[0].pipeline
+        )
+        _environment.check_runner(pipeline.runner)
+        folder = self._folder(pipeline)
+        settings = Settings(
+            folder, folder, self.chunk_size, self.on_bad, _environment.record()
+        )
+        values, elements = self._arrive(
+            {x.name: c for x, c in zip(arriving, collections, strict=True)}, folder
+        )
+        plan = self.plan
+        if self.on_bad == "collect" and (plan.rounds != 1 or plan.sizes or plan.inner):
+            # What one round has left out, all are to leave out: they run twice.
+            before = _files.join(folder, "before")
+            _files.make_folder(before)
+            find = _FindBad(plan, settings._replace(folder=before), elements, values)
+            bad = pipeline | "Find bad" >> find
+            elements = _without(bad, plan, elements)
+            settings = settings._replace(on_bad="raise")
+            graph = Graph(pipeline, settings, elements)
+            outs = graph.run(plan, values)
+        else:
+            graph = Graph(pipeline, settings, elements)
+            outs = graph.run(plan, values)
+            bad = _results.bad(graph)
+            elements = _without(bad, plan, elements) if graph.bad else elements
+        given = dict(zip(plan.outputs, outs, strict=True))
+        typed_outs = [typed(plan, given, i) for i in plan.outputs]
+        return Result(
+            _results.server(graph, plan.out_tree, typed_outs),
+            _results.placed(graph, plan.out_tree, typed_outs, elements),
+            bad,
+        )
+
+    def _folder(self, pipeline: Any) -> str:
+        """A folder for files; a temporary one if the runner is in this process."""
+        said = pipeline.options.view_as(GoogleCloudOptions).temp_location
+        root = self.temp_location or said
+        if root is not None:
+            return _files.new_folder(root)
+        if not isinstance(pipeline.runner, FnApiRunner):
+            raise ValueError(
+                "beam_runner.MapReduce: the pipeline runs on "
+                f"{type(pipeline.runner).__name__} and needs a temp_location, here or "
+                "in its options, which is a folder that all its workers reach."
+            )
+        folder = tempfile.mkdtemp(prefix="drjax-")
+        weakref.finalize(pipeline, shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    def _arrive(
+        self, collections: Mapping[str, Any], folder: str
+    ) -> tuple[list[Any], Elements]:
+        """The arguments leaf by leaf, and how many elements have arrived."""
+        plan, numbers = self.plan, iter(self.plan.inputs)
+        values: list[Any] = []
+        elements: Elements = {}
+        for argument in self.arguments:
+            inputs = [*itertools.islice(numbers, len(argument.leaves))]
+            if not argument.arrives:
+                values += argument.leaves
+                continue
+            name, collection = argument.name, collections[argument.name]
+            at = next((plan.at[i] for i in inputs if i in plan.at), None)
+            if at is None:
+                check = functools.partial(_server_leaves, name, argument.structs)
+                made = collection | name.capitalize() >> beam.Map(check)
+                values += [Made(made, k) for k in range(len(inputs))]
+                continue
+            dtypes = tuple(as_sent(plan.avals[i]).dtype for i in inputs)
+            size = argument.size or _gather.file_size(argument.structs, at.n)
+            files = ChunkFiles(
+                _files.join(folder, name.replace(" ", "-")), size, dtypes
+            )
+            _files.make_folder(files.folder)
+            n = None if self.any_number else at.n
+            kind = _gather.Keep if argument.size else _gather.Gather
+            gather = kind(name, argument.structs, n, files)
+            arrived = collection | name.capitalize() >> gather
+            if n is None:
+                key = at.placement, at.n
+                if key in elements:
+                    same = functools.partial(_same_count, name)
+                    first = pvalue.AsSingleton(elements[key].n.producer)
+                    label = f"As many of {name}"
+                    arrived = arrived | label >> beam.Map(same, first)
+                else:
+                    count = Made(arrived, 0)
+                    elements[key] = Taking(count, np.zeros(0, np.int32), count)
+            values += [Placed(files, k, arrived) for k in range(len(inputs))]
+        return values, elements
+
+
+class _FindBad(beam.PTransform):
+    """Runs a plan to find the elements that are bad: `(placement, index, why)`."""
+
+    def __init__(
+        self, plan: Plan, settings: Settings, elements: Elements, values: Sequence[Any]
+    ):
+        super().__init__()
+        self.arguments = plan, values, settings, elements
+
+    def expand(self, input_or_inputs: Any) -> Any:
+        plan, values, settings, elements = self.arguments
+        graph = Graph(input_or_inputs.pipeline, settings, elements)
+        graph.run(plan, values)
+        return _results.bad(graph)
+
+
+def _without(bad: Any, plan: Plan, elements: Elements) -> Elements:
+    """The elements without the bad ones."""
+    result = {}
+    for key in plan.placements:
+        taking = elements.get(key, all_of(key[1]))
+        sides = [pvalue.AsList(bad)]
+        n: Any = taking.n
+        if isinstance(n, Made):
+            sides.append(pvalue.AsSingleton(n.producer))
+        name = f"Good {' '.join(map(str, key))}"
+        remaining = functools.partial(
+            _remaining, key[0], None if len(sides) > 1 else int(n)
+        )
+        start = bad.pipeline | f"{name}/Start" >> beam.Impulse()
+        made = start | name >> beam.Map(remaining, *sides)
+        result[key] = Taking(n, Made(made, 0), Made(made, 1))
+    return result
+
+
+def _remaining(
+    placement: str, n: int | None, _: Any, bad: Sequence[Any], *counts: Any
+) -> list[np.ndarray]:
+    """The positions of bad elements, and how many others there are."""
+    if n is None:
+        n = int(counts[0][0])
+    positions = sorted({i for name, i, _ in bad if name == placement})
+    return [np.array(positions, np.int32), np.array(n - len(positions), np.int32)]
+
+
+def _server_leaves(name: str, structs: Any, tree: Any) -> list[np.ndarray]:
+    return _gather.leaves_of(name, tree, structs, 0, ())
+
+
+def _same_count(name: str, mine: Sequence[Any], first: Sequence[Any]) -> Any:
+    if int(mine[0]) != int(first[0]):
+        raise ValueError(
+            f"beam_runner.MapReduce: {mine[0]} elements of {name} have arrived, but "
+            f"{first[0]} of another argument of this placement."
+        )
+    return mine
+
+
+class _Argument(NamedTuple):
+    """An argument: its types, and its values leaf by leaf, unless it arrives.
+
+    `size` is that of ready chunks.
+    """
+
+    name: str
+    structs: Any
+    leaves: list[Any]
+    arrives: bool
+    size: int | None = None
+
+
+def _argument(k: int, arg: Any) -> _Argument:
+    name = f"argument {k}"
+    size = arg.size if isinstance(arg, Chunks) else None
+    structs = arg.structs if isinstance(arg, Chunks) else arg
+    leaves = jax.tree.leaves(structs)
+    is_struct = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
+    if leaves and all(is_struct):
+        return _Argument(name, structs, leaves, True, size)
+    if any(is_struct) or isinstance(arg, Chunks):
+        raise TypeError(
+            f"beam_runner.MapReduce: {name} is neither all values nor all "
+            "jax.ShapeDtypeStruct, which stand for what arrives in a PCollection."
+        )
+    values = values_of([arg])
+    return _Argument(name, values.structs[0], values.leaves, False)
+
+
+def _check_uses(plan: Plan, arguments: Sequence[_Argument], any_number: bool) -> None:
+    """Checks that arguments which arrive are placed as a whole, or not at all."""
+    numbers = iter(plan.inputs)
+    arriving, known = set[tuple[str, int]](), set[tuple[str, int]]()
+    for argument in arguments:
+        inputs = [*itertools.islice(numbers, len(argument.leaves))]
+        ats = {plan.at.get(i) for i in inputs}
+        if argument.arrives and len(ats) > 1:
+            raise TypeError(
+                f"beam_runner.MapReduce: {argument.name} is placed in part only, or "
+                "over several placements. Give its parts as arguments of their own."
+            )
+        if argument.size is not None and None in ats:
+            raise TypeError(
+                f"beam_runner.MapReduce: {argument.name} comes as beam_runner.Chunks, "
+                "but the program does not use it as a placed value."
+            )
+        keys = {at[:2] for at in ats if at is not None}
+        if argument.arrives:
+            arriving |= keys
+        else:
+            known |= keys
+    if not any_number:
+        return
+    for placement, n in plan.placements:
+        reason = None
+        if placement not in plan.size_free:
+            reason = f"its plan depends on how many {placement!r} there are"
+        elif (placement, n) in known or (placement, n) not in arriving:
+            reason = (
+                f"not all that is placed over {placement!r} arrives in PCollections"
+            )
+        if reason:
+            raise ValueError(
+                f"beam_runner.MapReduce: any_number=True is not possible, for {reason}."
+            )
+
+
+def _collections_of(given: Any, arriving: Sequence[_Argument]) -> list[Any]:
+    """The PCollections of the arguments that arrive, checked."""
+    match given:
+        case pvalue.PCollection():
+            collections = [given]
+        case tuple() | list():
+            collections = [*given]
+        case dict():
+            collections = [*given.values()]
+        case _:
+            collections = []
+    if len(collections) != len(arriving):
+        names = ", ".join(x.name for x in arriving) or "none"
+        raise TypeError(
+            f"beam_runner.MapReduce: it is applied to {len(collections)} PCollections, "
+            f"but of its arguments these arrive in one, in this order: {names}."
+        )
+    for x, argument in zip(collections, arriving, strict=True):
+        is_global = isinstance(x.windowing.windowfn, GlobalWindows)
+        if not x.is_bounded or not is_global:
+            kind = "unbounded" if not x.is_bounded else "not in the global window"
+            raise ValueError(
+                f"beam_runner.MapReduce: the PCollection of {argument.name} is {kind}. "
+                "A program reduces over all elements, so they must end: put bounded "
+                "data through beam.WindowInto(GlobalWindows())."
+            )
+    return collections
