@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from beam_runner._graph import Placed
@@ -52,7 +53,7 @@ def array_of(x: Any) -> Any:
     if isinstance(x, np.memmap):
         return x
     aval = jax.typeof(x)
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return to_numpy(x)
     return np.asarray(x, aval.dtype)
 

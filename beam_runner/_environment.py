@@ -8,10 +8,10 @@ import contextlib
 import os
 import threading
 import warnings
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
-import jaxlib
 
 
 class Environment(NamedTuple):
@@ -32,7 +32,7 @@ def here() -> Environment:
     kind = _processor() if platform == "cpu" else jax.devices()[0].device_kind
     return Environment(
         jax.__version__,
-        jaxlib.__version__,
+        version("jaxlib"),
         platform,
         kind,
         jax.local_device_count(),

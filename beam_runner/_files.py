@@ -137,7 +137,7 @@ def load(x: np.ndarray | Staged) -> np.ndarray:
 
 
 def _digest(x: np.ndarray) -> str:
-    return hashlib.sha256(plain(x).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(plain(x).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 @functools.cache

@@ -17,7 +17,7 @@ FILE_BYTES = 2**22  # Of the elements in a file, about.
 ADVICE = (
     "Elements of a placed argument arrive as (index, tree), where index is the "
     "position in [0, n), or as beam_runner.Chunks. A PCollection has no order, so the "
-    "index must come from the data: read them by a source, as beam_runner.from_parquet, "
+    "index must come from the data: read them by a source, as from_parquet gives one, "
     "or keep the number of the record when you make them."
 )
 
@@ -219,7 +219,7 @@ def _check_counts(
     files: ChunkFiles,
     counts: Sequence[tuple[int, int]],
 ) -> list[np.ndarray]:
-    """Checks that all chunks are there, each once; gives how many elements there are."""
+    """Checks that all chunks are there, each once; gives the number of elements."""
     total = sum(count for _, count in counts)
     expected = total if n is None else n
     chunks = sorted(chunk for chunk, _ in counts)
@@ -235,8 +235,8 @@ def _check_counts(
         raise ValueError(
             f"beam_runner.MapReduce: {total} elements of {what} have arrived"
             + (f", but the program is for {n}" if n is not None else "")
-            + f"; there is none from index {lacking * files.chunk} on. Each index comes "
-            "once."
+            + f"; there is none from index {lacking * files.chunk} on. Each index "
+            "comes once."
         )
     return [np.array(total, np.int32)]
 

@@ -18,6 +18,7 @@ import numpy as np
 from apache_beam import pvalue
 
 from beam_runner import _environment, _files, _fold, _work
+from beam_runner._range import RunRange
 from beam_runner._sources import ChunkFiles, Reader, Whole, reader_of_array
 from drjax import _chunks
 from drjax._export import as_size
@@ -215,7 +216,7 @@ class Graph:
             )
             todo, levels = todo | f"{name}/Spread" >> beam.Reshuffle(), 2
         done = todo | f"{name}/Map" >> beam.ParDo(
-            _work.RunRange(work), *sides, *waits
+            RunRange(work), *sides, *waits
         ).with_outputs("bad", main="reduced")
         if settings.on_bad == "collect":
             self.bad.append((stage.placement, done.bad))
@@ -352,7 +353,7 @@ def _ranges_of(sizes: Sequence[Any], chunk: int) -> list[tuple[int, int, int]]:
 
 def as_sent(aval: Any) -> Any:
     """The type of a value as it is sent: of keys, that of their data."""
-    if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return aval
     struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     return jax.eval_shape(jax.random.key_data, struct)

@@ -1,5 +1,6 @@
 """Many rounds with a stop that depends on the data, which can be interrupted."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -49,7 +50,45 @@ def iterate(
     on_bad: str = "raise",
     progress: bool = False,
 ) -> Iterations:
-    """Runs `state = step(state, *args)` as Beam pipelines, until a condition holds."""
+    """Runs `state = step(state, *args)` as Beam pipelines, until a condition holds.
+
+    The step is planned and exported once. With a `checkpoint_dir`, each round's state
+    is written there before the next one begins, first to a temporary file that is then
+    renamed, and the last two are kept: called again after an interruption, it goes on
+    after the last round that was finished, with the same result bit for bit.
+
+    Args:
+      step: `(state, *args) -> state`, a program or a function that calls some.
+      state: a tree of arrays, to begin with.
+      *args: further arguments of each step, as in `run`.
+      until: `state -> bool`, called here before each round.
+      max_rounds: after how many rounds it ends in any case.
+      checkpoint_dir: a folder, by Beam's FileSystems; made if it is not there.
+      runner, options, chunk_size, temp_location, on_bad, progress: as in `run`.
+
+    Returns:
+      `Iterations(state, rounds, is_done, bad, metrics)`.
+
+    Raises:
+      TypeError: if the step gives a state of another structure or other types.
+      ValueError: if `checkpoint_dir` has the rounds of another program or of other
+        arguments, or a damaged file. Sources and memory-mapped files count by their
+        name and size, not by what is in them.
+
+    Example:
+      >>> import numpy as np
+      >>> import beam_runner
+      >>> import drjax
+      >>> @drjax.program(points=1000)
+      ... def newton(root, squares):  # Of the mean of the squares.
+      ...     return (root + drjax.reduce_mean(squares) / root) / 2
+      >>> def is_close(root):
+      ...     return abs(root**2 - 4) < 1e-3
+      >>> four = np.full(1000, 4, np.float32)
+      >>> done = beam_runner.iterate(newton, 1.0, four, until=is_close, max_rounds=9)
+      >>> print(f"{done.state:.4f} after {done.rounds} rounds")
+      2.0000 after 4 rounds
+    """
     session = Session(runner, options, chunk_size, temp_location, on_bad, progress)
     plan, leaves = plan_of(step, (state, *args))
     count = len(jax.tree.leaves(state))
@@ -123,7 +162,11 @@ class _Checkpoints:
         return _files.join(self.folder, f"round-{number:08d}.npz")
 
     def write(self, number: int, leaves: Sequence[Any], bad: set[Bad]) -> None:
-        about = {**self.about, "round": number, "bad": sorted(bad)}
+        about = {
+            **self.about,
+            "round": number,
+            "bad": [*map(dataclasses.astuple, sorted(bad))],
+        }
         arrays = {f"leaf_{k}": _files.plain(x) for k, x in enumerate(leaves)}
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
 
@@ -154,14 +197,14 @@ class _Checkpoints:
                 ]
         except (zipfile.BadZipFile, EOFError, KeyError, ValueError, OSError) as e:
             raise ValueError(
-                f"beam_runner.iterate: {paths[-1]} is damaged, or no checkpoint. Remove "
-                "it, to go on from the one before."
+                f"beam_runner.iterate: {paths[-1]} is damaged, or no checkpoint. "
+                "Remove it, to go on from the one before."
             ) from e
         other = [name for name, value in self.about.items() if about[name] != value]
         if other:
             raise ValueError(
-                f"beam_runner.iterate: {self.folder} has the rounds of another run, for "
-                f"it differs in: {', '.join(other)}. Name another checkpoint_dir, or "
+                f"beam_runner.iterate: {self.folder} has the rounds of another run: it "
+                f"differs in {', '.join(other)}. Name another checkpoint_dir, or "
                 "remove this one to begin anew."
             )
         return about["round"], leaves, {Bad(*bad) for bad in about["bad"]}

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
@@ -151,8 +150,8 @@ def _check_type(name: str, kind: Any) -> None:
         f(inner) for f in (types.is_integer, types.is_floating, types.is_boolean)
     ):
         raise TypeError(
-            f"beam_runner.from_parquet: the column {name!r} is {kind}. Programs compute "
-            "with numbers and booleans: encode it before, or leave it out."
+            f"beam_runner.from_parquet: the column {name!r} is {kind}. Programs "
+            "compute with numbers and booleans: encode it before, or leave it out."
         )
 
 
@@ -198,7 +197,7 @@ def _check_values(name: str, values: Any) -> None:
 def _padded(name: str, column: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Lists as an array with zeros behind them, and their lengths."""
     _check_values(name, column)
-    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    lengths = np.diff(column.offsets.to_numpy())
     if (longest := lengths.max(initial=0)) > size:
         raise ValueError(
             f"beam_runner.from_parquet: a list of the column {name!r} has {longest} "

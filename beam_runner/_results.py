@@ -137,8 +137,9 @@ class _GiveRows(beam.DoFn):
 
     def process(self, element: Any, *producers: Any) -> Iterator[Any]:
         skip = {*_work.picked([self.skip], producers)[0].tolist()}
-        for low in range(*element, ROWS):
-            high = min(low + ROWS, element[1])
+        first, last = element
+        for low in range(first, last, ROWS):
+            high = min(low + ROWS, last)
             columns = [reader.read(low, high)[leaf] for reader, leaf in self.readers]
             for i in range(low, high):
                 if i not in skip:

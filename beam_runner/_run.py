@@ -1,6 +1,7 @@
 """Runs a program as Beam pipelines: one for each stretch of a plan without loops."""
 
 import contextlib
+import dataclasses
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -10,9 +11,10 @@ import apache_beam as beam
 import jax
 import jax.numpy as jnp
 import numpy as np
+from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
-from apache_beam.runners import create_runner
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from apache_beam.runners.runner import create_runner
 
 from beam_runner import _environment, _files, _progress, _results, _work
 from beam_runner._arguments import check_sources, values_of
@@ -34,7 +36,8 @@ from drjax import make_plan
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While, reads_of
 
 
-class Bad(NamedTuple):
+@dataclasses.dataclass(frozen=True, order=True)
+class Bad:
     """An element that was left out: where it was, and why."""
 
     placement: str
@@ -68,7 +71,64 @@ def run(
     on_bad: str = "raise",
     progress: bool = False,
 ) -> Any:
-    """Runs a program, or a derivative of one, as Apache Beam pipelines."""
+    """Runs a program, or a derivative of one, as Apache Beam pipelines.
+
+    Its plan is run, see `drjax.make_plan`: each round is a step in which workers read
+    chunks of elements, map them and reduce them in one compiled program, so that
+    nothing of a single element leaves a worker unless the program returns it. The steps
+    up to a loop or a condition with communication in it are one pipeline; the loop
+    itself runs here. Rounds make residuals again rather than keep them.
+
+    Chunks are fixed by index, and what they give is folded in that order, in 64 bits: a
+    result has the same bits however the runner bundles, orders and repeats the work,
+    and with any number of workers, in one numeric environment: version of JAX,
+    processor, devices and threads. Workers are set up alike; where they cannot be, a
+    warning says so, and results may differ by rounding, as two versions of XLA do.
+
+    Args:
+      program: a program, a derivative of one, or any function that calls some.
+      *args: its arguments: trees of arrays, in which a `Source` may be in place of a
+        placed tree. A numpy.memmap is read where it is, by all workers; other arrays
+        are sent, or, if they have more than 1 MiB, written to `temp_location`.
+      runner: "embedded", which is Beam's in-process runner; or a runner of Beam or its
+        name. For several processes on this machine, give the embedded one `options`.
+      options: of the pipelines: `PipelineOptions`, a dict of them, or a list of flags.
+      chunk_size: elements of a placement that are mapped at a time; by default it is
+        found from shapes.
+      temp_location: a folder that all workers reach, by Beam's FileSystems; needed
+        unless the runner is the embedded one. A run removes what it has written.
+      on_bad: what becomes of an element that cannot be read, or that gives to a
+        reduction or a placed result what is not finite. "raise" ends the run and says
+        its index. "collect" leaves it out of all rounds, as if it had not been there:
+        the run starts again without it, `drjax.placement_size` counts the others, and
+        its part of placed results is NaN, or 0 of integers; see `run_with_details`.
+        "keep" computes with what is not finite, as `jax.jit` does. Minus infinity in a
+        maximum, and infinity in a minimum, are not bad.
+      progress: whether pipelines show a progress bar; it needs the package `rich`.
+
+    Returns:
+      What the program returns, in arrays of JAX; up to rounding as `jax.jit(program)`
+      does.
+
+    Raises:
+      BadElementError: if an element is bad; on a runner out of this process, the
+        runner's own error, which has its text.
+      PlanError: as `drjax.make_plan`.
+      TypeError, ValueError: if arguments or options do not fit; before work starts.
+      NotImplementedError: if a stage calls back to Python.
+
+    Example:
+      >>> import jax
+      >>> import numpy as np
+      >>> import beam_runner
+      >>> import drjax
+      >>> @drjax.program(examples=10_000)
+      ... def loss(w, x):
+      ...     return drjax.reduce_mean(drjax.map_fn(lambda x: (x - w) ** 2, x))
+      >>> x = np.linspace(0, 1, 10_000, dtype=np.float32)
+      >>> print(beam_runner.run(jax.grad(loss), 2.0, x))
+      3.0
+    """
     session = Session(runner, options, chunk_size, temp_location, on_bad, progress)
     return session.run(program, args).result
 
@@ -83,7 +143,28 @@ def run_with_details(
     on_bad: str = "raise",
     progress: bool = False,
 ) -> Details:
-    """As `run`; also returns the elements that were left out, and metrics."""
+    """As `run`; also returns the elements that were left out, and metrics.
+
+    The metrics are those that Beam has under the namespace "drjax": `elements`,
+    counted once for each round; `bad_elements`; `bytes_down`, to workers, and
+    `bytes_up`, from them, once for each range of chunks; and the milliseconds of
+    `compile_ms` and `range_ms`, summed over workers.
+
+    Returns:
+      `Details(result, bad, metrics, pipelines)`.
+
+    Example:
+      >>> import numpy as np
+      >>> import beam_runner
+      >>> import drjax
+      >>> mean = drjax.program(rows=4)(drjax.reduce_mean)
+      >>> x = np.array([1, 2, np.nan, 6], np.float32)
+      >>> details = beam_runner.run_with_details(mean, x, on_bad="collect")
+      >>> print(details.result)
+      3.0
+      >>> print(details.bad[0].index, details.bad[0].why)
+      2 it gives values that are not finite
+    """
     session = Session(runner, options, chunk_size, temp_location, on_bad, progress)
     return session.run(program, args)
 
@@ -97,12 +178,12 @@ class Session:
 
     def __init__(
         self,
-        runner: Any,
-        options: Any,
-        chunk_size: int | None,
-        temp_location: str | None,
-        on_bad: str,
-        progress: bool,
+        runner: Any = "embedded",
+        options: Any = None,
+        chunk_size: int | None = None,
+        temp_location: str | None = None,
+        on_bad: str = "raise",
+        progress: bool = False,
     ):
         check_on_bad(on_bad)
         self.runner, self.options = _runner_of(runner), _options_of(options)
@@ -205,7 +286,9 @@ class Run:
             return x
         return Whole(x.reader, x.leaf, *plan.at[i][1:]).value()
 
-    def loop(self, plan: Plan, stage: Any, env: dict[int, Any]) -> None:
+    def loop(
+        self, plan: Plan, stage: Scan | While | Branch, env: dict[int, Any]
+    ) -> None:
         """Runs a loop or branch here, and what is in it as pipelines."""
 
         def write(numbers: Sequence[int], values: Sequence[Any]) -> None:
@@ -283,25 +366,29 @@ class Run:
             result.wait_until_finish()
         self.measure(result)
         if saved.bad is not None:
-            self.leave_out(_files.read_json(saved.bad))
+            self.leave_out(plan, _files.read_json(saved.bad))
         dtypes = [as_sent(plan.avals[i]).dtype for i in made]
         values = _files.read_arrays(saved.values, dtypes)
         env.update(zip(made, values, strict=True))
         placed = (i for i in read if isinstance(inner.get(i), Placed))
         env.update((i, Placed(inner[i].reader, inner[i].leaf)) for i in placed)
 
-    def leave_out(self, found: Sequence[Any]) -> None:
+    def leave_out(self, plan: Plan, found: Sequence[Any]) -> None:
         """Notes bad elements; raises `_Again` if there are new ones."""
-        new = {Bad(*bad) for bad in found} - self.bad
-        if new:
-            self.bad |= new
-            raise _Again
+        known = {(bad.placement, bad.index) for bad in self.bad}
+        new = [Bad(*bad) for bad in found if (bad[0], bad[1]) not in known]
+        if not new:
+            return
+        # One reason is enough, if several rounds have one.
+        self.bad |= {*{(bad.placement, bad.index): bad for bad in new}.values()}
+        everything = [*map(dataclasses.astuple, self.bad)]
+        for placement, n in plan.placements:
+            _work.check_some_remain(placement, n, everything)
+        raise _Again
 
     def measure(self, result: Any) -> None:
         """Adds up a pipeline's metrics; warns if workers were set up otherwise."""
-        metrics = result.metrics().query(
-            beam.metrics.MetricsFilter().with_namespace(_work.METRICS)
-        )
+        metrics = result.metrics().query(MetricsFilter().with_namespace(_work.METRICS))
         for metric in metrics["counters"]:
             self._add(metric.key.metric.name, metric.result)
         for metric in metrics["distributions"]:

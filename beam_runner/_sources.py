@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import mmap
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -127,7 +127,7 @@ class ArrayFile:
     dtype: Any
     shape: tuple[int, ...]
     offset: int
-    order: str
+    order: Literal["C", "F"]
     axis: int
     aval_dtype: Any
 
@@ -209,8 +209,8 @@ class Whole:
 def read_good(
     reader: Reader,
     low: int,
-    skip: Sequence[int],
     high: int,
+    skip: Collection[int],
     failed: Callable[..., None],
 ) -> tuple[list[int], list[np.ndarray]]:
     """Reads what can be read: the elements' numbers, and their rows.

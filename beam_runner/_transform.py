@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from apache_beam import pvalue
 from apache_beam.options.pipeline_options import GoogleCloudOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.transforms.window import GlobalWindows
 
-from beam_runner import _environment, _files, _gather, _results
+from beam_runner import _environment, _files, _gather, _results, _work
 from beam_runner._arguments import check_sources, values_of
 from beam_runner._graph import (
     Elements,
@@ -66,7 +66,57 @@ class Chunks(NamedTuple):
 
 
 class MapReduce(beam.PTransform):
-    """A program, or a derivative of one, as a transform of a pipeline."""
+    """A program, or a derivative of one, as a transform of a pipeline.
+
+    It is applied to the PCollections of those arguments that arrive in one: to a tuple
+    or a dict of them, in the order of the arguments; or to the pipeline, if none does.
+    A placed argument arrives as `(index, tree)`, an element each, in any order: they
+    are gathered by index, and duplicates and gaps are errors. The index of a value of
+    nested placements, `[pods, clients, ...]`, may be a tuple. Or it comes as `Chunks`,
+    which are not gathered: which elements are in a chunk is the caller's choice then,
+    and a result has the same bits for the same choice. A `Source` needs no PCollection;
+    workers read it by index. A server's argument arrives as a PCollection of one tree.
+
+    What `run` says about chunks, bits and bad elements holds here too. Scans are
+    unrolled. Constructing and applying it runs nothing; the first element of a source
+    is read for its types.
+
+    Args:
+      program: a program, a derivative of one, or any function that calls some.
+      *args: its arguments: trees of `jax.ShapeDtypeStruct`, `[n, ...]` if placed, or
+        `Chunks`, for those that arrive; else values, as in `run`.
+      chunk_size: as in `run`.
+      temp_location: as in `run`; by default that of the pipeline's options. What is
+        written there is not removed, for the results are read from it.
+      on_bad: as in `run`. With "collect" a program of several rounds, or with a mean,
+        runs twice: what one round leaves out, all are to leave out.
+      any_number: whether another number of elements may arrive than the program says.
+        Its plan must be the same for all numbers, see `drjax.Plan.size_free`.
+
+    Raises:
+      PlanError, TypeError, ValueError, NotImplementedError: at once, as in `run`; or if
+        the program communicates in a while loop or a condition; or when it is applied,
+        if a PCollection is unbounded or has windows.
+
+    Example:
+      >>> import apache_beam as beam
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> import beam_runner
+      >>> import drjax
+      >>> from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+      >>> @drjax.program(words=4)
+      ... def mean_length(length):
+      ...     return drjax.reduce_mean(length.astype(jnp.float32))
+      >>> with beam.Pipeline(runner=FnApiRunner()) as pipeline:
+      ...     words = beam.Create([*enumerate(["a", "map", "and", "reduce"])])
+      ...     lengths = pipeline | words | beam.MapTuple(lambda i, word: (i, len(word)))
+      ...     lengths_type = jax.ShapeDtypeStruct((4,), jnp.int32)
+      ...     result = lengths | beam_runner.MapReduce(mean_length, lengths_type)
+      ...     _ = result.server | beam.Map(print)
+      3.25
+    """
 
     def __init__(
         self,
@@ -206,14 +256,13 @@ def _without(bad: Any, plan: Plan, elements: Elements) -> Elements:
     result = {}
     for key in plan.placements:
         taking = elements.get(key, all_of(key[1]))
-        sides = [pvalue.AsList(bad)]
+        sides: list[Any] = [pvalue.AsList(bad)]
         n: Any = taking.n
         if isinstance(n, Made):
             sides.append(pvalue.AsSingleton(n.producer))
         name = f"Good {' '.join(map(str, key))}"
-        remaining = functools.partial(
-            _remaining, key[0], None if len(sides) > 1 else int(n)
-        )
+        known = None if isinstance(n, Made) else int(n)
+        remaining = functools.partial(_remaining, key[0], known)
         start = bad.pipeline | f"{name}/Start" >> beam.Impulse()
         made = start | name >> beam.Map(remaining, *sides)
         result[key] = Taking(n, Made(made, 0), Made(made, 1))
@@ -226,6 +275,8 @@ def _remaining(
     """The positions of bad elements, and how many others there are."""
     if n is None:
         n = int(counts[0][0])
+    if n:
+        _work.check_some_remain(placement, n, bad)
     positions = sorted({i for name, i, _ in bad if name == placement})
     return [np.array(positions, np.int32), np.array(n - len(positions), np.int32)]
 

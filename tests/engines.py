@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import drjax
+from beam_runner._run import Session
 from drjax._export import OPERATIONS
 from drjax._reference import _run_server, interpret
 from drjax._streaming import Engine
@@ -57,13 +58,20 @@ def streaming(plan, *args):
     return jax.tree.unflatten(plan.out_tree, outs)
 
 
+def beam(plan, *args):
+    session = Session(chunk_size=2, on_bad="keep")
+    with session.open() as run:
+        return run.results(plan.recomputed(), jax.tree.leaves(args))
+
+
 ENGINES = {
     "reference": drjax.run_plan,
     "recomputed": lambda plan, *args: drjax.run_plan(plan.recomputed(), *args),
     "in chunks": in_chunks,
     "streaming": streaming,
+    "beam": beam,
 }
-SLOW = {"recomputed", "in chunks", "streaming"}  # Two of them compile each round.
+SLOW = {"recomputed", "in chunks", "streaming", "beam"}  # Most compile each round.
 FEW = {"recomputed", "in chunks"}  # They run some transformations only.
 ENGINE = pytest.mark.parametrize(
     "run",
