@@ -1,4 +1,4 @@
-"""What decides the bits of a result, set alike in all workers; and the runners.
+"""What decides the bits of a result, set alike in all workers.
 
 XLA on CPUs divides work among the threads that it finds, so the same StableHLO may give
 other bits on a machine with other cores, or with another version of JAX.
@@ -7,9 +7,8 @@ other bits on a machine with other cores, or with another version of JAX.
 import contextlib
 import os
 import threading
-import warnings
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -103,32 +102,3 @@ def set_alike(recorded: Recorded) -> list[str]:
                 if got != wanted
             ]
         return _compared[recorded]
-
-
-#
-# Runners.
-#
-TESTED = {"FnApiRunner", "FlinkRunner", "PortableRunner"}
-REFUSED = {
-    "DaskRunner": (
-        "it loses tagged outputs, what is given at the end of a bundle, and all sinks "
-        "but one, without an error"
-    ),
-}
-
-
-def check_runner(runner: Any) -> None:
-    """Refuses runners that are known to be wrong; warns of those that are untested."""
-    name = type(runner).__name__
-    if name in REFUSED:
-        raise ValueError(
-            f"beam_runner: {name} gives wrong results: in Beam 2.77 {REFUSED[name]}. "
-            "Use runner='embedded', or Flink."
-        )
-    if name not in TESTED:
-        warnings.warn(
-            f"beam_runner is not tested on {name}. Compare a small run with "
-            "runner='embedded' before you rely on it.",
-            UserWarning,
-            stacklevel=3,
-        )

@@ -352,7 +352,9 @@ def _ranges_of(sizes: Sequence[Any], chunk: int) -> list[tuple[int, int, int]]:
 
 
 def as_sent(aval: Any) -> Any:
-    """The type of a value as it is sent: of keys, that of their data."""
+    """The type of a value as it is sent, see `to_numpy`."""
+    if aval.dtype == jax.dtypes.float0:
+        return jax.ShapeDtypeStruct(aval.shape, bool)
     if not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return aval
     struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)

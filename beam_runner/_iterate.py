@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -42,11 +43,11 @@ def iterate(
     *args: Any,
     until: Callable[[Any], Any],
     max_rounds: int,
-    checkpoint_dir: str | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     runner: Any = "embedded",
     options: Any = None,
     chunk_size: int | None = None,
-    temp_location: str | None = None,
+    temp_location: str | os.PathLike[str] | None = None,
     on_bad: str = "raise",
     progress: bool = False,
 ) -> Iterations:
@@ -73,7 +74,7 @@ def iterate(
       TypeError: if the step gives a state of another structure or other types.
       ValueError: if `checkpoint_dir` has the rounds of another program or of other
         arguments, or a damaged file. Sources and memory-mapped files count by their
-        name and size, not by what is in them.
+        name and size, and Parquet files also by when they were written.
 
     Example:
       >>> import numpy as np
@@ -93,11 +94,14 @@ def iterate(
     plan, leaves = plan_of(step, (state, *args))
     count = len(jax.tree.leaves(state))
     _check_step(plan, count, state)
+    if max_rounds < 0:
+        raise ValueError(f"beam_runner.iterate: max_rounds is {max_rounds}, below 0.")
     initial = leaves[:count]
+    state = _state(plan, count, state, initial)
     checkpoints = None
     if checkpoint_dir is not None:
         about = {"plan": plan.hash, "arguments": _digest(leaves), "on_bad": on_bad}
-        checkpoints = _Checkpoints(checkpoint_dir, plan, count, about)
+        checkpoints = _Checkpoints(os.fspath(checkpoint_dir), plan, count, about)
     with session.open() as run:
         leaves = run.staged(plan, leaves)
         rounds = 0
@@ -140,6 +144,8 @@ def _digest(leaves: Sequence[Any]) -> str:
         if isinstance(x, Placed):
             source: Any = getattr(x.reader, "source", None)
             about = f"{type(source).__qualname__} {source.num_elements} {x.leaf}"
+            if dataclasses.is_dataclass(source):  # Its fields say more.
+                about += repr(source)
             digest.update(about.encode())
         elif isinstance(x, np.memmap):
             digest.update(f"{x.filename} {x.dtype} {x.shape}".encode())

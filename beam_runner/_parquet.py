@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,11 @@ class ParquetSource:
 
     def read(self, low: int, high: int) -> dict[str, np.ndarray]:
         groups, starts = self._groups
+        if not 0 <= low < high <= self.num_elements:
+            raise IndexError(
+                f"beam_runner.from_parquet: read({low}, {high}) of "
+                f"{self.num_elements} rows; rows are read from one up to another."
+            )
         first = bisect.bisect_right(starts, low) - 1
         parts = []
         for k in range(first, bisect.bisect_left(starts, high)):
@@ -65,8 +71,8 @@ class ParquetSource:
 
 
 def from_parquet(
-    pattern: str | Sequence[str],
-    columns: Sequence[str],
+    pattern: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    columns: str | Sequence[str],
     pad: int | Mapping[str, int] | None = None,
 ) -> ParquetSource:
     """Parquet files as a source: an element is a row, a dict of columns.
@@ -87,15 +93,22 @@ def from_parquet(
 
     Raises:
       FileNotFoundError: if no file matches.
+      IsADirectoryError: if the pattern is a folder.
       ValueError: if the files lack a column or differ, or `pad` lacks a size. When it
         is read: if a row has no value, or a list is longer than `pad`.
       TypeError: if a column has neither numbers nor booleans.
     """
-    patterns = [pattern] if isinstance(pattern, str) else [*pattern]
+    is_one = isinstance(pattern, str | os.PathLike)
+    patterns = [os.fspath(x) for x in ([pattern] if is_one else pattern)]
+    if folder := next(filter(os.path.isdir, patterns), None):
+        raise IsADirectoryError(
+            f"beam_runner.from_parquet: {folder} is a folder; its files are "
+            f"{os.path.join(folder, '*.parquet')}."
+        )
     found = [m for match in FileSystems.match(patterns) for m in match.metadata_list]
     if not found:
         raise FileNotFoundError(f"beam_runner.from_parquet: no file matches {pattern}.")
-    names = tuple(columns)
+    names = (columns,) if isinstance(columns, str) else tuple(columns)
     files, schemas = [], []
     for metadata in sorted(found, key=lambda metadata: metadata.path):
         with _opened(metadata.path) as file:

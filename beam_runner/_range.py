@@ -65,10 +65,10 @@ class RunRange(beam.DoFn):
 
 
 class Started(NamedTuple):
-    """A chunk that runs: its elements, their rows, and what will be there."""
+    """A chunk that runs: the positions of its elements, their rows, its results."""
 
     chunk: int
-    good: list[int]
+    positions: np.ndarray
     rows: Arrays
     outs: Sequence[Any]
 
@@ -79,8 +79,8 @@ class Chunks:
     def __init__(self, work: Work, producers: Sequence[Any]):
         self.work, self.producers = work, producers
         self.server = picked(work.server, producers)
-        self.n = int(picked([work.n], producers)[0])
-        self.skip = {*picked([work.skip], producers)[0].tolist()}
+        n, self.skip = picked([work.n, work.skip], producers)
+        self.n = int(n)
         self.program = compiled(work.program)
         avals = self.program.avals[2 : 2 + len(self.server)]
         self.on_device = [
@@ -94,79 +94,85 @@ class Chunks:
     def start(self, chunk: int) -> Started:
         low = chunk * self.work.chunk
         high = min(low + self.work.chunk, self.n)
-        good, rows = self.read(low, high)
-        return Started(chunk, good, rows, self.call(good, rows) if good else [])
+        positions, rows = self.read(low, high)
+        outs = self.call(positions, rows) if len(positions) else []
+        return Started(chunk, positions, rows, outs)
 
-    def call(self, numbers: list[int], rows: Arrays) -> Sequence[Any]:
+    def call(self, positions: np.ndarray, rows: Arrays) -> Sequence[Any]:
         """Starts the program for some elements, fewer than a chunk has perhaps."""
-        missing = self.work.chunk - len(numbers)
-        index = np.array([*numbers, *numbers[:1] * missing], np.int32)
-        padded = [
-            np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) if missing else x
-            for x in rows
-        ]
+        count = len(positions)
+        inputs = [positions, *rows]
+        if missing := self.work.chunk - count:
+            inputs = [
+                np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in inputs
+            ]
+        index, *placed = inputs
         avals = self.program.avals[2 + len(self.server) :]
-        placed = map(from_numpy, padded, avals)
-        return self.program.call(
-            np.int32(len(numbers)), index, *self.on_device, *placed
-        )
+        placed = map(from_numpy, placed, avals)
+        return self.program.call(np.int32(count), index, *self.on_device, *placed)
 
     def finish(self, started: Started) -> None:
-        good, rows, parts = started.good, started.rows, len(self.work.operations)
+        positions, rows, parts = started.positions, started.rows, self.parts
         outs = [*map(to_numpy, started.outs)]
-        if self.work.on_bad != "keep" and good:
-            bad = self.not_finite(good, rows, outs)
-            for i in bad:
-                self.failed(i, None)
-            if bad:
-                kept = [k for k, i in enumerate(good) if i not in bad]
-                good, rows = [good[k] for k in kept], [x[kept] for x in rows]
-                outs = [*map(to_numpy, self.call(good, rows))] if good else []
-        low = started.chunk * self.work.chunk
+        if self.work.on_bad != "keep" and len(positions):
+            is_bad = self.are_bad(positions, rows, outs)
+            for i in positions[is_bad]:
+                self.failed(int(i), None)
+            if is_bad.any():
+                positions, rows = positions[~is_bad], [x[~is_bad] for x in rows]
+                outs = []
+                if len(positions):
+                    outs = [*map(to_numpy, self.call(positions, rows))]
         if self.work.outputs.dtypes:
-            size = min(self.work.chunk, self.n - low)
-            self.write(started.chunk, size, [i - low for i in good], outs[parts:])
-        if good:
-            self.count += len(good)
+            self.write(started.chunk, positions, outs[parts:])
+        if len(positions):
+            self.count += len(positions)
             reduced = _fold.widened(self.work.operations, outs[:parts])
-            self.total = (
-                reduced
-                if self.total is None
-                else _fold.combined(self.work.operations, self.total, reduced)
-            )
+            if self.total is not None:
+                reduced = _fold.combined(self.work.operations, self.total, reduced)
+            self.total = reduced
 
-    def write(self, chunk: int, size: int, kept: list[int], outs: Arrays) -> None:
+    @property
+    def parts(self) -> int:
+        """How many of the program's results are reduced; the others are placed."""
+        return len(self.work.operations)
+
+    def write(self, chunk: int, positions: np.ndarray, outs: Arrays) -> None:
         """Writes placed outputs; rows of elements that are left out are NaN or 0."""
-        if len(kept) < size:
-            avals = self.program.out_avals[len(self.work.operations) :]
-            rows = [_empty(aval) for aval in avals]
-            for x, out in zip(rows, outs, strict=False):  # None, if all are bad.
-                x[kept] = out[: len(kept)]
-            outs = rows
+        low = chunk * self.work.chunk
+        size, count = min(self.work.chunk, self.n - low), len(positions)
+        if count < size:
+            whole = [*map(_empty, self.program.out_avals[self.parts :])]
+            for x, out in zip(whole, outs, strict=False):  # None, if all are bad.
+                x[positions - low] = out[:count]
+            outs = whole
         self.work.outputs.write(chunk, [x[:size] for x in outs])
 
-    def read(self, low: int, high: int) -> tuple[list[int], Arrays]:
+    def read(self, low: int, high: int) -> tuple[np.ndarray, Arrays]:
         """The rows of all placed inputs, of the elements for which all can be read."""
-        skip, groups = {*self.skip}, []
+        wanted = np.arange(low, high, dtype=np.int32)
+        if self.skip.size:
+            wanted = np.setdiff1d(wanted, self.skip, assume_unique=True)
+        groups = []
         for rows in self.work.placed:
             if isinstance(rows.reader, Pick):
                 (x,) = picked([rows.reader], self.producers)
-                numbers = [i for i in range(low, high) if i not in skip]
-                x = np.moveaxis(x, rows.leaves[0], 0)[np.array(numbers, int)]
-                groups.append((numbers, [x], (0,), rows.inputs))
+                leaves = [np.moveaxis(x, rows.leaves[0], 0)[wanted]]
+                taken: tuple[int, ...] = (0,)
             else:
-                numbers, leaves = read_good(rows.reader, low, high, skip, self.failed)
-                skip.update(i for i in range(low, high) if i not in numbers)
-                groups.append((numbers, leaves, rows.leaves, rows.inputs))
-        good = [i for i in range(low, high) if i not in skip]
+                wanted, leaves = read_good(rows.reader, low, high, wanted, self.failed)
+                taken = rows.leaves
+            groups.append((wanted, leaves, taken, rows.inputs))
+        if not len(wanted):
+            return wanted, []
         placed: dict[int, np.ndarray] = {}
-        for numbers, leaves, taken, inputs in groups:
-            if len(numbers) > len(good):
-                kept = np.isin(numbers, good)
-                leaves = [x[kept] for x in leaves]
+        for positions, leaves, taken, inputs in groups:
+            kept = slice(None)
+            if len(positions) > len(wanted):  # A later reader lacks some of them.
+                kept = np.isin(positions, wanted)
             for leaf, k in zip(taken, inputs, strict=True):
-                placed[k] = leaves[leaf]
-        return good, [placed[k] for k in range(len(placed))]
+                placed[k] = leaves[leaf][kept]
+        return wanted, [placed[k] for k in range(len(placed))]
 
     def failed(self, i: int, error: Exception | None) -> None:
         """Notes an element that is bad; or raises, as is asked for."""
@@ -188,31 +194,29 @@ class Chunks:
             ) from error
         self.bad.append((i, why))
 
-    def not_finite(self, good: list[int], rows: Arrays, outs: Arrays) -> list[int]:
+    def are_bad(self, positions: np.ndarray, rows: Arrays, outs: Arrays) -> np.ndarray:
         """Which of the elements give something that is not finite."""
-        parts = len(self.work.operations)
-        found = {
-            good[k]
-            for x in outs[parts:]
-            if x.dtype.kind not in "biu"
-            for k in np.flatnonzero(~_finite_rows(x[: len(good)]))
-        }
-        if all(map(_fold.is_finite, self.work.operations, outs[:parts])):
-            return sorted(found)
-        halves = [(good, rows)]
-        while halves:
-            numbers, rows = halves.pop()
-            if len(numbers) < len(good) or len(good) == 1:
-                outs = [*map(to_numpy, self.call(numbers, rows))]
-                if all(map(_fold.is_finite, self.work.operations, outs[:parts])):
+        is_bad = np.zeros(len(positions), bool)
+        for x in outs[self.parts :]:
+            if x.dtype.kind not in "biu":
+                is_bad |= ~_finite_rows(x[: len(positions)])
+        if self.is_finite(outs):
+            return is_bad
+        halves = [np.arange(len(positions))]
+        while halves:  # To look for those that are bad takes few more runs.
+            some = halves.pop()
+            if len(some) < len(positions):
+                parts = self.call(positions[some], [x[some] for x in rows])
+                if self.is_finite([*map(to_numpy, parts)]):
                     continue
-            if len(numbers) == 1:
-                found.add(numbers[0])
-                continue
-            half = len(numbers) // 2
-            halves.append((numbers[half:], [x[half:] for x in rows]))
-            halves.append((numbers[:half], [x[:half] for x in rows]))
-        return sorted(found)
+            if len(some) == 1:
+                is_bad[some] = True
+            else:
+                halves += np.array_split(some, 2)
+        return is_bad
+
+    def is_finite(self, outs: Arrays) -> bool:
+        return all(map(_fold.is_finite, self.work.operations, outs[: self.parts]))
 
 
 def _finite_rows(x: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import tempfile
+import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import create_runner
 
-from beam_runner import _environment, _files, _progress, _results, _work
+from beam_runner import _environment, _files, _progress, _results, _runners, _work
 from beam_runner._arguments import check_sources, values_of
 from beam_runner._graph import (
     Elements,
@@ -67,7 +67,7 @@ def run(
     runner: Any = "embedded",
     options: Any = None,
     chunk_size: int | None = None,
-    temp_location: str | None = None,
+    temp_location: str | os.PathLike[str] | None = None,
     on_bad: str = "raise",
     progress: bool = False,
 ) -> Any:
@@ -139,7 +139,7 @@ def run_with_details(
     runner: Any = "embedded",
     options: Any = None,
     chunk_size: int | None = None,
-    temp_location: str | None = None,
+    temp_location: str | os.PathLike[str] | None = None,
     on_bad: str = "raise",
     progress: bool = False,
 ) -> Details:
@@ -181,7 +181,7 @@ class Session:
         runner: Any = "embedded",
         options: Any = None,
         chunk_size: int | None = None,
-        temp_location: str | None = None,
+        temp_location: str | os.PathLike[str] | None = None,
         on_bad: str = "raise",
         progress: bool = False,
     ):
@@ -190,12 +190,7 @@ class Session:
         self.chunk_size = checked_chunk_size(chunk_size)
         self.on_bad, self.progress = on_bad, progress
         said = self.options.view_as(GoogleCloudOptions).temp_location
-        self.temp_location = temp_location or said
-        if self.temp_location is None and not isinstance(self.runner, FnApiRunner):
-            raise ValueError(
-                f"beam_runner: a run on {type(self.runner).__name__} needs a "
-                "temp_location, which is a folder that all its workers reach."
-            )
+        self.temp_location = _runners.temp_location(temp_location or said, self.runner)
 
     def run(self, program: Callable[..., Any], args: Sequence[Any]) -> Details:
         plan, leaves = plan_of(program, args)
@@ -206,7 +201,7 @@ class Session:
     @contextlib.contextmanager
     def open(self) -> Generator["Run"]:
         """A run, with a folder while it lasts."""
-        folder = _files.new_folder(self.temp_location or tempfile.gettempdir())
+        folder = _files.new_folder(self.temp_location)
         try:
             yield Run(self, folder)
         finally:
@@ -414,27 +409,32 @@ def _bar(number: int, total: int, folder: str | None) -> Any:
 
 def result_of(aval: Any, x: Any) -> Any:
     """A result as jit gives it."""
-    if aval.dtype == jax.dtypes.float0:
-        return np.zeros(aval.shape, aval.dtype)
-    return jnp.asarray(_work.from_numpy(x, aval))
+    x = _work.from_numpy(x, aval)
+    return x if aval.dtype == jax.dtypes.float0 else jnp.asarray(x)
 
 
 def _options_of(options: Any) -> PipelineOptions:
-    match options:
-        case PipelineOptions():
-            return options
-        case None:
-            return PipelineOptions([])
-        case dict():
-            return PipelineOptions([], **options)
-        case _:
-            return PipelineOptions([*options])
+    if isinstance(options, PipelineOptions):
+        return options
+    if not isinstance(options, dict):
+        return PipelineOptions([*(options or ())])
+    made = PipelineOptions([], **options)
+    unknown = options.keys() - made.get_all_options().keys()
+    if unknown:
+        raise TypeError(f"beam_runner: Beam knows no options {sorted(unknown)}.")
+    return made
 
 
 def _runner_of(runner: Any) -> Any:
     if runner == "embedded":
         return FnApiRunner()
     if isinstance(runner, str):
-        runner = create_runner(runner)
-    _environment.check_runner(runner)
+        _runners.refuse(runner.rpartition(".")[2])
+        try:
+            runner = create_runner(runner)
+        except ValueError as e:
+            raise ValueError(
+                f"beam_runner: the runner is 'embedded', or one of Beam: {e}"
+            ) from None
+    _runners.check(runner)
     return runner

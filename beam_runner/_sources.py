@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import mmap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from apache_beam.internal import pickler
+from apache_beam.internal import cloudpickle
 
 from beam_runner import _files
 
@@ -49,7 +49,7 @@ MAX_PICKLED = 2**24
 def check_source(source: Any) -> None:
     """Raises what is wrong with a source, before work starts."""
     name = type(source).__name__
-    size = len(pickler.dumps(source))
+    size = len(cloudpickle.dumps(source))
     if size > MAX_PICKLED:
         raise ValueError(
             f"beam_runner: a source of type {name} pickles to {size / 1e6:.0f} MB, "
@@ -210,29 +210,27 @@ def read_good(
     reader: Reader,
     low: int,
     high: int,
-    skip: Collection[int],
-    failed: Callable[..., None],
-) -> tuple[list[int], list[np.ndarray]]:
-    """Reads what can be read: the elements' numbers, and their rows.
+    wanted: np.ndarray,
+    failed: Callable[[int, Exception], None],
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Reads what can be read: the elements' positions, and their rows.
 
     Args:
       reader: what reads them.
       low, high: from where, and up to where.
-      skip: elements that are left out.
+      wanted: the positions of those that are wanted.
       failed: called with an element that raises, and what it raises.
     """
-    good = [i for i in range(low, high) if i not in skip]
     try:
         rows = reader.read(low, high)
-        if len(good) < high - low:
-            rows = [x[np.array(good, int) - low] for x in rows]
-        return good, rows
+        is_all = len(wanted) == high - low
+        return wanted, rows if is_all else [x[wanted - low] for x in rows]
     except SourceError:
         raise
     except Exception as e:
         error = e
     kept, each = [], []
-    for i in good:
+    for i in wanted.tolist():
         try:
             each.append(reader.read(i, i + 1))
             kept.append(i)
@@ -240,4 +238,5 @@ def read_good(
             failed(i, e)
     if len(kept) == high - low:  # Each by itself can be read.
         raise error
-    return kept, [np.concatenate(x) for x in zip(*each, strict=True)]
+    columns = zip(*each, strict=True)
+    return np.array(kept, np.int32), [np.concatenate(x) for x in columns]

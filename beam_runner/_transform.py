@@ -2,8 +2,7 @@
 
 import functools
 import itertools
-import shutil
-import tempfile
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,10 +12,9 @@ import jax
 import numpy as np
 from apache_beam import pvalue
 from apache_beam.options.pipeline_options import GoogleCloudOptions
-from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.transforms.window import GlobalWindows
 
-from beam_runner import _environment, _files, _gather, _results, _work
+from beam_runner import _environment, _files, _gather, _results, _runners, _work
 from beam_runner._arguments import check_sources, values_of
 from beam_runner._graph import (
     Elements,
@@ -29,11 +27,13 @@ from beam_runner._graph import (
     as_sent,
     check_on_bad,
     checked_chunk_size,
+    first_values,
     typed,
 )
 from beam_runner._sources import ChunkFiles
 from drjax import make_plan
-from drjax.plan import Plan
+from drjax.plan import MapReduce as Round
+from drjax.plan import Plan, reads_of
 
 
 class Result(NamedTuple):
@@ -88,8 +88,9 @@ class MapReduce(beam.PTransform):
       chunk_size: as in `run`.
       temp_location: as in `run`; by default that of the pipeline's options. What is
         written there is not removed, for the results are read from it.
-      on_bad: as in `run`. With "collect" a program of several rounds, or with a mean,
-        runs twice: what one round leaves out, all are to leave out.
+      on_bad: as in `run`. With "collect" a program of several rounds, or one whose
+        round depends on how many elements there are, runs twice: what one round leaves
+        out, all are to leave out.
       any_number: whether another number of elements may arrive than the program says.
         Its plan must be the same for all numbers, see `drjax.Plan.size_free`.
 
@@ -123,7 +124,7 @@ class MapReduce(beam.PTransform):
         program: Callable[..., Any],
         *args: Any,
         chunk_size: int | None = None,
-        temp_location: str | None = None,
+        temp_location: str | os.PathLike[str] | None = None,
         on_bad: str = "raise",
         any_number: bool = False,
     ):
@@ -138,13 +139,13 @@ class MapReduce(beam.PTransform):
         check_sources(self.plan, leaves)
         _check_uses(self.plan, self.arguments, any_number)
 
-    def expand(self, input_or_inputs: Any) -> Result:
+    def expand(self, input_or_inputs: Any) -> Any:
         arriving = [x for x in self.arguments if x.arrives]
         collections = _collections_of(input_or_inputs, arriving)
         pipeline = (
             input_or_inputs.pipeline if not collections else collections[0].pipeline
         )
-        _environment.check_runner(pipeline.runner)
+        _runners.check(pipeline.runner)
         folder = self._folder(pipeline)
         settings = Settings(
             folder, folder, self.chunk_size, self.on_bad, _environment.record()
@@ -152,44 +153,37 @@ class MapReduce(beam.PTransform):
         values, elements = self._arrive(
             {x.name: c for x, c in zip(arriving, collections, strict=True)}, folder
         )
-        plan = self.plan
-        if self.on_bad == "collect" and (plan.rounds != 1 or plan.sizes or plan.inner):
+        plan, found = self.plan, None
+        if self.on_bad == "collect" and not _is_found_in_time(plan):
             # What one round has left out, all are to leave out: they run twice.
             before = _files.join(folder, "before")
             _files.make_folder(before)
             find = _FindBad(plan, settings._replace(folder=before), elements, values)
-            bad = pipeline | "Find bad" >> find
-            elements = _without(bad, plan, elements)
+            found = pipeline | "Find bad" >> find
+            elements = _without(found, plan, elements)
             settings = settings._replace(on_bad="raise")
-            graph = Graph(pipeline, settings, elements)
-            outs = graph.run(plan, values)
-        else:
-            graph = Graph(pipeline, settings, elements)
-            outs = graph.run(plan, values)
-            bad = _results.bad(graph)
-            elements = _without(bad, plan, elements) if graph.bad else elements
-        given = dict(zip(plan.outputs, outs, strict=True))
-        typed_outs = [typed(plan, given, i) for i in plan.outputs]
+        graph = Graph(pipeline, settings, elements)
+        env = first_values(plan, values, elements)
+        for stage in plan.stages:
+            graph.add(plan, stage, env)
+            if isinstance(stage, Round) and graph.bad:
+                found = _results.bad(graph)
+                elements = _without(found, plan, elements)
+                env.update((i, elements[key].size) for i, key in plan.sizes.items())
+        outs = [typed(plan, env, i) for i in plan.outputs]
         return Result(
-            _results.server(graph, plan.out_tree, typed_outs),
-            _results.placed(graph, plan.out_tree, typed_outs, elements),
-            bad,
+            _results.server(graph, plan.out_tree, outs),
+            _results.placed(graph, plan.out_tree, outs, elements),
+            _results.bad(graph) if found is None else found,
         )
 
     def _folder(self, pipeline: Any) -> str:
-        """A folder for files; a temporary one if the runner is in this process."""
-        said = pipeline.options.view_as(GoogleCloudOptions).temp_location
-        root = self.temp_location or said
-        if root is not None:
-            return _files.new_folder(root)
-        if not isinstance(pipeline.runner, FnApiRunner):
-            raise ValueError(
-                "beam_runner.MapReduce: the pipeline runs on "
-                f"{type(pipeline.runner).__name__} and needs a temp_location, here or "
-                "in its options, which is a folder that all its workers reach."
-            )
-        folder = tempfile.mkdtemp(prefix="drjax-")
-        weakref.finalize(pipeline, shutil.rmtree, folder, ignore_errors=True)
+        """A folder for files; what is in the machine's temporary one is removed."""
+        options = pipeline.options.view_as(GoogleCloudOptions)
+        said = self.temp_location or options.temp_location
+        folder = _files.new_folder(_runners.temp_location(said, pipeline.runner))
+        if said is None:
+            weakref.finalize(pipeline, _files.remove, folder)
         return folder
 
     def _arrive(
@@ -249,6 +243,16 @@ class _FindBad(beam.PTransform):
         graph = Graph(input_or_inputs.pipeline, settings, elements)
         graph.run(plan, values)
         return _results.bad(graph)
+
+
+def _is_found_in_time(plan: Plan) -> bool:
+    """Whether all that is bad is known before anything depends on how many are left."""
+    rounds = [k for k, s in enumerate(plan.stages) if isinstance(s, Round)]
+    if plan.inner or len(rounds) > 1:
+        return False
+    before = plan.stages[: 1 + max(rounds, default=-1)]
+    read = (i for stage in before for i in reads_of(stage))
+    return plan.sizes.keys().isdisjoint(read)
 
 
 def _without(bad: Any, plan: Plan, elements: Elements) -> Elements:

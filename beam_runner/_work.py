@@ -119,13 +119,17 @@ def _compiled(program: bytes) -> Compiled:
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """An array as it is sent; keys as their data."""
+    """An array as it is sent: keys as their data; float0, which is nothing, as bool."""
+    if getattr(x, "dtype", None) == jax.dtypes.float0:
+        return np.zeros(x.shape, bool)
     is_array = isinstance(x, jax.Array)
     is_key = is_array and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
 def from_numpy(x: Any, aval: Any) -> Any:
+    if aval.dtype == jax.dtypes.float0:
+        return np.zeros(aval.shape, aval.dtype)
     if not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return x
     impl = jax.random.key_impl(jnp.zeros((), aval.dtype))

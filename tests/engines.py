@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import drjax
+from beam_runner._arguments import values_of
 from beam_runner._run import Session
 from drjax._export import OPERATIONS
 from drjax._reference import _run_server, interpret
@@ -61,7 +62,7 @@ def streaming(plan, *args):
 def beam(plan, *args):
     session = Session(chunk_size=2, on_bad="keep")
     with session.open() as run:
-        return run.results(plan.recomputed(), jax.tree.leaves(args))
+        return run.results(plan.recomputed(), values_of(args).leaves)
 
 
 ENGINES = {
