@@ -26,6 +26,10 @@ demo: $(VENV)/.examples ## train a federated digits model and plot it
 demo-processes: $(VENV)/.examples ## train the same model in two processes
 	$(BIN)/python examples/digits_processes.py $(ARGS)
 
+.PHONY: flink
+flink: $(VENV)/.dev ## get Flink, and Beam's runner for it, into .flink, by Maven
+	$(BIN)/python -m beam_runner.flink --folder .flink --fetch -- true
+
 .PHONY: test
 test: $(VENV)/.dev ## the quick tests, and the code in docstrings, README and docs
 	$(PYTEST) $(ARGS)

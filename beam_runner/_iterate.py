@@ -108,12 +108,14 @@ def iterate(
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
             rounds, initial, run.bad = found
             state = _state(plan, count, state, initial)
+        run.bars.start_rounds(max_rounds, rounds)
         while not (is_done := bool(until(state))) and rounds < max_rounds:
             values = [*initial, *leaves[count:]]
             state, rounds = run.results(plan, values), rounds + 1
             initial = [_work.to_numpy(x) for x in jax.tree.leaves(state)]
             if checkpoints is not None:
                 checkpoints.write(rounds, initial, run.bad)
+            run.bars.end_round()
     return Iterations(state, rounds, is_done, tuple(sorted(run.bad)), run.metrics)
 
 

@@ -203,7 +203,8 @@ class Session:
         """A run, with a folder while it lasts."""
         folder = _files.new_folder(self.temp_location)
         try:
-            yield Run(self, folder)
+            with _progress.bars(self.progress) as bars:
+                yield Run(self, folder, bars)
         finally:
             _files.remove(folder)
 
@@ -219,8 +220,8 @@ def plan_of(program: Callable[..., Any], args: Sequence[Any]) -> tuple[Plan, lis
 class Run:
     """Interprets plans, and counts."""
 
-    def __init__(self, session: Session, folder: str):
-        self.session, self.folder = session, folder
+    def __init__(self, session: Session, folder: str, bars: _progress.Bars):
+        self.session, self.folder, self.bars = session, folder, bars
         self.environment = _environment.record()
         self.bad: set[Bad] = set()
         self.metrics: dict[str, int] = {}
@@ -356,7 +357,7 @@ class Run:
         read = {i for stage in later for i in reads_of(stage)} | {*plan.outputs}
         made = [i for i in read if isinstance(inner.get(i), Made)]
         saved = _results.save(graph, [typed(plan, inner, i) for i in made])
-        with _bar(self.pipelines, graph.ranges, progress):
+        with self.bars.of_pipeline(self.pipelines, progress or "", graph.ranges):
             result = pipeline.run()
             result.wait_until_finish()
         self.measure(result)
@@ -399,12 +400,6 @@ class Run:
 
     def _add(self, name: str, value: int) -> None:
         self.metrics[name] = self.metrics.get(name, 0) + value
-
-
-def _bar(number: int, total: int, folder: str | None) -> Any:
-    if folder is None:
-        return contextlib.nullcontext()
-    return _progress.bar(f"Pipeline {number}", folder, total)
 
 
 def result_of(aval: Any, x: Any) -> Any:

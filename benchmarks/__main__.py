@@ -12,11 +12,17 @@ from rich.table import Table
 
 from benchmarks import core, streaming
 
+try:
+    from benchmarks import beam
+except ModuleNotFoundError:  # Without the extra: no figures of Beam.
+    beam = None
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of each ratio")
-    figures = {**core.FIGURES, **streaming.FIGURES}
+    beam_figures = beam.FIGURES if beam else {}
+    figures = {**core.FIGURES, **streaming.FIGURES, **beam_figures}
     parser.add_argument("--only", nargs="+", choices=figures, default=list(figures))
     parser.add_argument(
         "--incumbent",

@@ -27,6 +27,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.progress import track
 from sklearn.datasets import load_digits
 
+import beam_runner
 import drjax
 
 CLIENTS = 50
@@ -166,23 +167,23 @@ def compare_with_finite_differences(state: State, clients: Examples) -> None:
         print(f"  {name} {slope:13.6f} {expected:19.6f} {relative:21.0e}")
 
 
-def compare_engines(state: State, clients: Examples) -> None:
-    """Runs a round on each engine; prints its time, its memory and what differs."""
-    args = RATES, state, clients
-    compiled = jax.jit(federated_round).lower(*args).compile()
+def compare_engines(fn: Any, *args: Any) -> None:
+    """Runs a function on each engine; prints its time, its memory and what differs."""
+    compiled = jax.jit(fn).lower(*args).compile()
     memory: Any = compiled.memory_analysis()
     temporaries = memory.temp_size_in_bytes / 1e6
-    streaming = drjax.streaming(federated_round)
+    streaming = drjax.streaming(fn)
     explanation = streaming.explain(*args)
     rows = {
         "jit": (compiled, f"{temporaries:.3g} MB"),
         "streaming": (streaming, explanation.split("; ")[-1]),
+        "beam": (functools.partial(beam_runner.run, fn), ""),
     }
     want = jax.tree.leaves(compiled(*args))
     print("engine      seconds     temporaries   difference to jit")
     for name, (run, memory) in rows.items():
         got, seconds = jax.tree.leaves(run(*args)), []
-        for _ in range(5):
+        for _ in range(3):
             start = time.perf_counter()
             jax.block_until_ready(run(*args))
             seconds.append(time.perf_counter() - start)
@@ -295,8 +296,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         page.write_text(plan.to_html(), encoding="utf-8")
         print(f"\n{title}, as a plan; drawn in {page}:\n{plan}")
 
-    print("\nA round on each engine:")
-    compare_engines(state, clients)
+    for title, fn in (
+        ("A round", federated_round),
+        ("The gradient of the loss after it", jax.grad(loss_after_round)),
+    ):
+        print(f"\n{title}, on each engine:")
+        compare_engines(fn, RATES, state, clients)
 
     if jax.device_count() >= 8:
         print("\nA round on 8 devices, 2 x 4 of clients x model:")
