@@ -835,6 +835,13 @@ def test_progress_shows_what_is_done(capsys):
     assert re.search(r"Pipeline 1 .*100%.* 5/5", capsys.readouterr().out)
 
 
+def test_progress_of_rounds_is_one_bar(capsys):
+    run_steps(rounds=2, progress=True)
+    printed = capsys.readouterr().out
+    assert re.search(r"Rounds .*100%.* 2/2", printed)
+    assert "Pipeline" not in printed.splitlines()[-1]
+
+
 def test_assert_that_works_on_results():
     """The results are ordinary PCollections of trees of NumPy arrays."""
     with beam.Pipeline(runner=FnApiRunner()) as pipeline:
