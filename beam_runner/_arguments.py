@@ -58,9 +58,14 @@ def array_of(x: Any) -> Any:
     return np.asarray(x, aval.dtype)
 
 
+def read_of(plan: Plan) -> set[int]:
+    """The values that a stage reads, or that are returned."""
+    return {i for stage in plan.stages for i in reads_of(stage)} | {*plan.outputs}
+
+
 def check_sources(plan: Plan, leaves: Sequence[Any]) -> None:
     """Raises if a source is given for what is not placed, or along another axis."""
-    read = {i for stage in plan.stages for i in reads_of(stage)} | {*plan.outputs}
+    read = read_of(plan)
     for i, x in zip(plan.inputs, leaves, strict=True):
         at = plan.at.get(i)
         if isinstance(x, Placed) and i in read and (at is None or at.axis):

@@ -7,6 +7,7 @@ other bits on a machine with other cores, or with another version of JAX.
 import contextlib
 import os
 import threading
+import uuid
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -66,11 +67,18 @@ class Recorded(NamedTuple):
     """The environment that a worker is to have, and the process that has it."""
 
     environment: Environment
-    process: int
+    process: str
+
+
+_TOKEN = uuid.uuid4().hex  # Several machines may have processes of one number.
+
+
+def _process() -> str:
+    return f"{_TOKEN} {os.getpid()}"
 
 
 def record() -> Recorded:
-    return Recorded(here(), os.getpid())
+    return Recorded(here(), _process())
 
 
 _compared: dict[Recorded, list[str]] = {}
@@ -83,7 +91,7 @@ def set_alike(recorded: Recorded) -> list[str]:
     Threads and devices can be set before JAX's backend has started, which is what it
     does in a worker whose first work this is.
     """
-    if recorded.process == os.getpid():
+    if recorded.process == _process():
         return []
     with _lock:
         if recorded not in _compared:

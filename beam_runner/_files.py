@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
 
-LARGE = 2**20  # Bytes of an array that is staged as a file, rather than sent.
+LARGE = 2**18  # Bytes of an array that is staged as a file, rather than sent.
 
 join = FileSystems.join
 
@@ -50,7 +51,13 @@ def write(path: str, write_to: Callable[[Any], None]) -> None:
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     with FileSystems.create(temporary, "application/octet-stream") as file:
         write_to(file)
-    FileSystems.rename([temporary], [path])
+    try:
+        FileSystems.rename([temporary], [path])
+    except BeamIOError:  # Some file systems do not replace a file.
+        if not FileSystems.exists(path):
+            raise
+        FileSystems.delete([path])
+        FileSystems.rename([temporary], [path])
 
 
 def write_arrays(path: str, arrays: Sequence[np.ndarray]) -> None:
@@ -137,7 +144,10 @@ def load(x: np.ndarray | Staged) -> np.ndarray:
 
 
 def _digest(x: np.ndarray) -> str:
-    return hashlib.sha256(plain(x).reshape(-1).view(np.uint8).data).hexdigest()
+    """The SHA-256 of an array: of its type and its data."""
+    digest = hashlib.sha256(f"{x.dtype}{x.shape}".encode())
+    digest.update(plain(x).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import apache_beam as beam
 import jax
 import numpy as np
 
-from beam_runner._sources import ChunkFiles, described
+from beam_runner._sources import ChunkFiles, cast, described
 
 FILE_BYTES = 2**22  # Of the elements in a file, about.
 
@@ -102,13 +102,7 @@ def leaves_of(
             f"beam_runner.MapReduce: {what} is to be {described(expected)}, but is "
             f"{described(tree)}. Pad what is shorter, and give a mask."
         )
-    for x, t in zip(arrays, types, strict=True):
-        if not np.can_cast(x.dtype, t.dtype, "same_kind"):
-            raise TypeError(
-                f"beam_runner.MapReduce: {what} is to be {described(structs)}, but a "
-                f"leaf is {x.dtype}, which does not go into {t.dtype}."
-            )
-    return [x.astype(t.dtype, copy=False) for x, t in zip(arrays, types, strict=True)]
+    return [cast(what, x, t.dtype) for x, t in zip(arrays, types, strict=True)]
 
 
 def _by_chunk(
@@ -175,6 +169,11 @@ def _write_group(
     inner = jax.tree.leaves(structs)[0].shape[1:depth]
     places = [*np.ndindex(rows, *inner)]
     missing = [place for place in places if place not in parts]
+    if len(parts) + len(missing) > len(places):
+        raise ValueError(
+            f"beam_runner.MapReduce: some elements of {what} have an index of {depth} "
+            "numbers, and some of another number of them."
+        )
     if missing:
         first = (low + missing[0][0], *missing[0][1:])
         raise ValueError(
@@ -225,6 +224,12 @@ def _check_counts(
     chunks = sorted(chunk for chunk, _ in counts)
     there, wanted = {*chunks}, range(-(-expected // files.chunk))
     twice = next(_repeated(chunks), None)
+    short = [chunk for chunk, count in sorted(counts)[:-1] if count < files.chunk]
+    if short:
+        raise ValueError(
+            f"beam_runner.MapReduce: elements of {what} are missing among those from "
+            f"index {short[0] * files.chunk} to {(short[0] + 1) * files.chunk - 1}."
+        )
     lacking = next((chunk for chunk in wanted if chunk not in there), None)
     if twice is not None:
         raise ValueError(

@@ -5,7 +5,6 @@ Values are arrays, known when the pipeline is built; `Made`, by the pipeline; or
 """
 
 import dataclasses
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from beam_runner import _environment, _files, _fold, _work
 from beam_runner._range import RunRange
 from beam_runner._sources import ChunkFiles, Reader, Whole, reader_of_array
 from drjax import _chunks
-from drjax._export import as_size
+from drjax._export import as_size, export_round
 from drjax.plan import At, MapReduce, Plan, Scan, Server
 
 CHUNKS_OF_RANGE = 16  # At most, unless there are very many: what a worker gets at once.
@@ -48,8 +47,7 @@ class Settings(NamedTuple):
     """How stages are run.
 
     Args:
-      folder: for files of this pipeline.
-      staging: for large values, by their content; of all pipelines of a run.
+      folder: for files.
       chunk_size: elements in a chunk; None, to choose.
       on_bad: as in `run`.
       environment: what workers are to have.
@@ -57,7 +55,6 @@ class Settings(NamedTuple):
     """
 
     folder: str
-    staging: str
     chunk_size: int | None
     on_bad: str
     environment: _environment.Recorded
@@ -120,7 +117,7 @@ class Graph:
     ):
         self.pipeline, self.settings = pipeline, settings
         self.elements = elements or {}
-        self.bad: list[tuple[str, Any]] = []  # Placements, and PCollections.
+        self.bad: list[tuple[str, int, Any]] = []  # Of rounds: placement, n, elements.
         self.ranges = 0  # Of all rounds, as far as they are known.
         self._names: dict[str, int] = {}
 
@@ -159,7 +156,7 @@ class Graph:
     def _serve(self, name: str, program: bytes, values: Sequence[Typed]) -> list[Made]:
         name, settings = self.label(name), self.settings
         picks, sides = self.picks(values)
-        serve = _work.Serve(program, picks, settings.staging, settings.environment)
+        serve = _work.Serve(program, picks, settings.folder, settings.environment)
         start = self.pipeline | f"{name}/Start" >> beam.Impulse()
         producer = start | f"{name}/Run" >> beam.ParDo(serve, *sides)
         outs = jax.export.deserialize(bytearray(program)).out_avals
@@ -190,6 +187,7 @@ class Graph:
         if outputs:
             _files.make_folder(files.folder)
         work = _work.Work(
+            name=name.replace(" ", "-"),
             program=exported_round(stage, chunk),
             placement=stage.placement,
             chunk=chunk,
@@ -201,7 +199,7 @@ class Graph:
             dtypes=tuple(aval.dtype for aval in avals),
             outputs=files,
             on_bad=settings.on_bad,
-            folder=settings.staging,
+            folder=settings.folder,
             environment=settings.environment,
             progress=settings.progress,
         )
@@ -219,14 +217,14 @@ class Graph:
             RunRange(work), *sides, *waits
         ).with_outputs("bad", main="reduced")
         if settings.on_bad == "collect":
-            self.bad.append((stage.placement, done.bad))
+            self.bad.append((stage.placement, stage.n, done.bad))
         may_be_none = not is_known or settings.on_bad == "collect"
         folded = done.reduced | f"{name}/Fold" >> _fold.Fold(
             work.operations,
             work.dtypes,
             [aval.shape for aval in avals] if may_be_none else None,
             levels,
-            settings.staging,
+            settings.folder,
         )
         env.update((i, Made(folded, k)) for k, (_, i) in enumerate(stage.reductions))
         for k, i in enumerate(stage.placed_outputs):
@@ -248,12 +246,14 @@ class Graph:
             given = dict(zip(body.outputs, outs, strict=True))
             carry = outs[: len(carry)]
             ys[t] = [typed(body, given, i) for i in body.outputs[len(carry) :]]
-        count = len(stage.ys)
-        stacked = self.compute(
-            "Stack",
-            lambda *ys: [jnp.stack(ys[k::count]) for k in range(count)],
-            [*itertools.chain(*ys)],
-        )
+        count, avals = len(stage.ys), [plan.avals[i] for i in stage.ys]
+
+        def stack(*ys: Any) -> list[Any]:
+            if not ys:
+                return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+            return [jnp.stack(ys[k::count]) for k in range(count)]
+
+        stacked = self.compute("Stack", stack, [*itertools.chain(*ys)])
         env.update(zip((*stage.carry, *stage.ys), [*carry, *stacked], strict=True))
 
     def _rows(
@@ -272,7 +272,7 @@ class Graph:
                 rows.append(_work.Rows(handed_out[i], (axis,), (k,)))
                 continue
             if not isinstance(value, Placed):
-                dtype, folder = as_sent(plan.avals[i]).dtype, self.settings.staging
+                dtype, folder = as_sent(plan.avals[i]).dtype, self.settings.folder
                 value = Placed(reader_of_array(value, axis, dtype, folder), 0)
                 env[i] = value
             groups.setdefault(id(value.reader), []).append((k, value))
@@ -292,15 +292,18 @@ class Graph:
         placed = [x.value.after for x in values if isinstance(x.value, Placed)]
         producers = [*dict.fromkeys(made)]
         picks = []
-        for x, _, at in values:
+        for x, aval, at in values:
             if isinstance(x, Made):
                 picks.append(_work.Pick(producers.index(x.producer), x.position))
             elif isinstance(x, Placed):
                 assert at is not None
                 whole = Whole(x.reader, x.leaf, at.n, at.axis)
                 picks.append(_work.Pick(None, whole))
+            elif isinstance(x, _files.Staged):
+                picks.append(_work.Pick(None, x))
             else:
-                staged = _files.stage(np.asarray(x), self.settings.staging)
+                dtype = None if aval is None else as_sent(aval).dtype
+                staged = _files.stage(np.asarray(x, dtype), self.settings.folder)
                 picks.append(_work.Pick(None, staged))
         waits = [x for x in dict.fromkeys(placed) if x is not None]
         sides = [*map(pvalue.AsSingleton, producers), *map(pvalue.AsIter, waits)]
@@ -380,4 +383,4 @@ def exported_server(stage: Server) -> bytes:
 
 
 def exported_round(stage: MapReduce, chunk: int) -> bytes:
-    return _once(stage, chunk, functools.partial(stage.export, chunk=chunk))
+    return _once(stage, chunk, lambda: export_round(stage, None, chunk, wide_sums=True))

@@ -1,6 +1,5 @@
 """Many rounds with a stop that depends on the data, which can be interrupted."""
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -11,12 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from apache_beam.internal import cloudpickle
 from apache_beam.io.filesystems import FileSystems
 
 from beam_runner import _files, _work
 from beam_runner._graph import Placed, as_sent
 from beam_runner._run import Bad, Session, plan_of, result_of
 from drjax.plan import Plan
+
+# By placement and its number of elements: which are bad, and why.
+Why = dict[tuple[str, int], dict[int, str]]
 
 
 class Iterations(NamedTuple):
@@ -65,7 +68,9 @@ def iterate(
       until: `state -> bool`, called here before each round.
       max_rounds: after how many rounds it ends in any case.
       checkpoint_dir: a folder, by Beam's FileSystems; made if it is not there.
-      runner, options, chunk_size, temp_location, on_bad, progress: as in `run`.
+      runner, options, chunk_size, temp_location, on_bad, progress: as in `run`. With
+        on_bad="collect" an element is left out of the round in which it is found to be
+        bad, and of all later ones.
 
     Returns:
       `Iterations(state, rounds, is_done, bad, metrics)`.
@@ -73,8 +78,9 @@ def iterate(
     Raises:
       TypeError: if the step gives a state of another structure or other types.
       ValueError: if `checkpoint_dir` has the rounds of another program or of other
-        arguments, or a damaged file. Sources and memory-mapped files count by their
-        name and size, and Parquet files also by when they were written.
+        arguments, or a damaged file. Sources count by what is pickled of them, memory-
+        mapped files by their name and size, Parquet files also by when they were
+        written.
 
     Example:
       >>> import numpy as np
@@ -100,13 +106,19 @@ def iterate(
     state = _state(plan, count, state, initial)
     checkpoints = None
     if checkpoint_dir is not None:
-        about = {"plan": plan.hash, "arguments": _digest(leaves), "on_bad": on_bad}
+        about = {
+            "plan": plan.hash,
+            "arguments": _digest(leaves),
+            "chunk_size": session.chunk_size,
+            "on_bad": on_bad,
+            "version of JAX": jax.__version__,
+        }
         checkpoints = _Checkpoints(os.fspath(checkpoint_dir), plan, count, about)
     with session.open() as run:
-        leaves = run.staged(plan, leaves)
+        leaves = run.staged(plan, leaves)  # The state's anew each round.
         rounds = 0
         if checkpoints is not None and (found := checkpoints.latest()) is not None:
-            rounds, initial, run.bad = found
+            rounds, initial, run.why = found
             state = _state(plan, count, state, initial)
         run.bars.start_rounds(max_rounds, rounds)
         while not (is_done := bool(until(state))) and rounds < max_rounds:
@@ -114,9 +126,9 @@ def iterate(
             state, rounds = run.results(plan, values), rounds + 1
             initial = [_work.to_numpy(x) for x in jax.tree.leaves(state)]
             if checkpoints is not None:
-                checkpoints.write(rounds, initial, run.bad)
+                checkpoints.write(rounds, initial, run.why)
             run.bars.end_round()
-    return Iterations(state, rounds, is_done, tuple(sorted(run.bad)), run.metrics)
+    return Iterations(state, rounds, is_done, run.bad, run.metrics)
 
 
 def _state(plan: Plan, count: int, like: Any, leaves: Sequence[Any]) -> Any:
@@ -145,10 +157,8 @@ def _digest(leaves: Sequence[Any]) -> str:
     for x in leaves:
         if isinstance(x, Placed):
             source: Any = getattr(x.reader, "source", None)
-            about = f"{type(source).__qualname__} {source.num_elements} {x.leaf}"
-            if dataclasses.is_dataclass(source):  # Its fields say more.
-                about += repr(source)
-            digest.update(about.encode())
+            digest.update(f"{source.num_elements} {x.leaf}".encode())
+            digest.update(cloudpickle.dumps(source))
         elif isinstance(x, np.memmap):
             digest.update(f"{x.filename} {x.dtype} {x.shape}".encode())
         else:
@@ -169,12 +179,9 @@ class _Checkpoints:
     def path(self, number: int) -> str:
         return _files.join(self.folder, f"round-{number:08d}.npz")
 
-    def write(self, number: int, leaves: Sequence[Any], bad: set[Bad]) -> None:
-        about = {
-            **self.about,
-            "round": number,
-            "bad": [*map(dataclasses.astuple, sorted(bad))],
-        }
+    def write(self, number: int, leaves: Sequence[Any], bad: Why) -> None:
+        left_out = [(*key, [*why.items()]) for key, why in sorted(bad.items())]
+        about = {**self.about, "round": number, "bad": left_out}
         arrays = {f"leaf_{k}": _files.plain(x) for k, x in enumerate(leaves)}
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
 
@@ -188,7 +195,7 @@ class _Checkpoints:
         if number > 2 and FileSystems.exists(old):
             FileSystems.delete([old])
 
-    def latest(self) -> tuple[int, list[Any], set[Bad]] | None:
+    def latest(self) -> tuple[int, list[Any], Why] | None:
         """The last round that was finished, its state, and what was left out."""
         (found,) = FileSystems.match([_files.join(self.folder, "round-*.npz")])
         paths = sorted(metadata.path for metadata in found.metadata_list)
@@ -215,4 +222,5 @@ class _Checkpoints:
                 f"differs in {', '.join(other)}. Name another checkpoint_dir, or "
                 "remove this one to begin anew."
             )
-        return about["round"], leaves, {Bad(*bad) for bad in about["bad"]}
+        bad = {(name, n): dict(map(tuple, why)) for name, n, why in about["bad"]}
+        return about["round"], leaves, bad

@@ -105,12 +105,14 @@ def from_parquet(
             f"beam_runner.from_parquet: {folder} is a folder; its files are "
             f"{os.path.join(folder, '*.parquet')}."
         )
-    found = [m for match in FileSystems.match(patterns) for m in match.metadata_list]
-    if not found:
-        raise FileNotFoundError(f"beam_runner.from_parquet: no file matches {pattern}.")
+    found = {}  # A file is there once, if several patterns match it.
+    for one, match in zip(patterns, FileSystems.match(patterns), strict=True):
+        if not match.metadata_list:
+            raise FileNotFoundError(f"beam_runner.from_parquet: no file matches {one}.")
+        found.update((metadata.path, metadata) for metadata in match.metadata_list)
     names = (columns,) if isinstance(columns, str) else tuple(columns)
     files, schemas = [], []
-    for metadata in sorted(found, key=lambda metadata: metadata.path):
+    for _, metadata in sorted(found.items()):
         with _opened(metadata.path) as file:
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
@@ -122,8 +124,7 @@ def from_parquet(
                 )
             groups = range(parquet.num_row_groups)
             rows = [parquet.metadata.row_group(k).num_rows for k in groups]
-        version = metadata.size_in_bytes, metadata.last_updated_in_seconds or 0.0
-        files.append(_File(metadata.path, tuple(rows), version))
+        files.append(_File(metadata.path, tuple(rows), _version(metadata)))
         schemas.append([schema.field(name).type for name in names])
         if schemas[-1] != schemas[0]:
             raise ValueError(
@@ -140,7 +141,16 @@ def from_parquet(
     }
     for name, kind in zip(names, schemas[0], strict=True):
         _check_type(name, kind)
+    if clash := {f"{name}_length" for name in sizes} & {*names}:
+        raise ValueError(
+            f"beam_runner.from_parquet: the lengths of a padded column have the name "
+            f"{clash.pop()!r}, which another column has."
+        )
     return ParquetSource(names, sizes, tuple(files))
+
+
+def _version(metadata: Any) -> tuple[int, float]:
+    return metadata.size_in_bytes, metadata.last_updated_in_seconds or 0.0
 
 
 def _pad_of(name: str, kind: Any, pad: Any) -> int:
@@ -175,14 +185,14 @@ def _opened(path: str) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _row_group(file: _File, k: int, columns: tuple[str, ...]) -> pa.Table:
-    with _opened(file.path) as opened:
-        table = pq.ParquetFile(opened).read_row_group(k, columns=list(columns))
-    if table.num_rows != file.rows[k]:
+    ((metadata,),) = (match.metadata_list for match in FileSystems.match([file.path]))
+    if _version(metadata) != file.version:
         raise OSError(
-            f"beam_runner.from_parquet: {file.path} has been written anew: its row "
-            f"group {k} has {table.num_rows} rows, and had {file.rows[k]}."
+            f"beam_runner.from_parquet: {file.path} has been written anew since it was "
+            "looked at."
         )
-    return table
+    with _opened(file.path) as opened:
+        return pq.ParquetFile(opened).read_row_group(k, columns=list(columns))
 
 
 def _array(name: str, column: Any) -> np.ndarray:

@@ -13,6 +13,7 @@ from apache_beam.pvalue import TaggedOutput
 from beam_runner import _files, _fold
 from beam_runner._sources import read_good
 from beam_runner._work import (
+    LEFT,
     Arrays,
     BadElementError,
     Pick,
@@ -41,15 +42,16 @@ class RunRange(beam.DoFn):
 
     def process(self, element: Any, *producers: Any) -> Iterator[Any]:
         work, (index, first, last) = self.work, element
-        run = Chunks(work, producers)
         start, waiting = time.perf_counter(), None
-        for chunk in range(first, last):
-            started = run.start(chunk)  # While it runs, the next one is read.
+        with jax.enable_x64(work.environment.environment.x64):  # It is a thread's.
+            run = Chunks(work, producers)
+            for chunk in range(first, last):
+                started = run.start(chunk)  # While it runs, the next one is read.
+                if waiting is not None:
+                    run.finish(waiting)
+                waiting = started
             if waiting is not None:
                 run.finish(waiting)
-            waiting = started
-        if waiting is not None:
-            run.finish(waiting)
         took("range_ms", start)
         for bad in run.bad:
             yield TaggedOutput("bad", bad)
@@ -60,7 +62,7 @@ class RunRange(beam.DoFn):
             count("bytes_up", sum(x.nbytes for x in run.total))
             yield index, [_files.stage(x, work.folder) for x in run.total]
         if work.progress:
-            done = _files.join(work.progress, f"{index}-{last - first}")
+            done = _files.join(work.progress, f"{work.name}-{index}")
             _files.write(done, lambda _: None)
 
 
@@ -185,7 +187,12 @@ class Chunks:
             advice = (
                 "Mend it; or run with on_bad='collect', which leaves such elements out"
             )
-            if error is None:
+            if self.work.on_bad == LEFT:
+                advice = (
+                    "It became so when others were left out, and a pipeline does not "
+                    "start again: leave it out before, or use beam_runner.run"
+                )
+            elif error is None:
                 advice += ", or with on_bad='keep', which gives what jit gives"
             where = "".join(traceback.format_exception(error)) if error else ""
             raise BadElementError(

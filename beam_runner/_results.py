@@ -46,16 +46,16 @@ def _save_bad(path: str, found: Sequence[Any]) -> None:
 
 
 def bad(graph: Graph) -> Any:
-    """Adds the bad elements of all rounds: `(placement, index, why)`."""
+    """Adds the bad elements of all rounds: `(round, placement, n, index, why)`."""
     named = [
-        found | f"Bad/{k}" >> beam.Map(functools.partial(_named, placement))
-        for k, (placement, found) in enumerate(graph.bad, 1)
+        found | f"Bad/{k}" >> beam.Map(functools.partial(_named, k, placement, n))
+        for k, (placement, n, found) in enumerate(graph.bad, 1)
     ]
     return named | "Bad/All" >> beam.Flatten(pipeline=graph.pipeline)
 
 
-def _named(placement: str, found: tuple[int, str]) -> tuple[str, int, str]:
-    return placement, *found
+def _named(k: int, placement: str, n: int, found: tuple[int, str]) -> tuple[Any, ...]:
+    return k, placement, n, *found
 
 
 def server(graph: Graph, tree: Any, outs: Sequence[Typed]) -> Any:
@@ -96,7 +96,7 @@ def placed(graph: Graph, tree: Any, outs: Sequence[Typed], elements: Elements) -
     for value, _, at in values:
         assert at is not None
         if not isinstance(value, Placed):
-            folder = graph.settings.staging
+            folder = graph.settings.folder
             value = Placed(reader_of_array(value, at.axis, value.dtype, folder), 0)
         waits += [value.after] * (value.after is not None)
         readers.append((value.reader, value.leaf))

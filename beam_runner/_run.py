@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from apache_beam.metrics.metric import MetricsFilter
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.options.pipeline_options import (
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+)
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import create_runner
 
@@ -36,7 +40,7 @@ from drjax import make_plan
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While, reads_of
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@dataclasses.dataclass(frozen=True)
 class Bad:
     """An element that was left out: where it was, and why."""
 
@@ -146,9 +150,9 @@ def run_with_details(
     """As `run`; also returns the elements that were left out, and metrics.
 
     The metrics are those that Beam has under the namespace "drjax": `elements`,
-    counted once for each round; `bad_elements`; `bytes_down`, to workers, and
-    `bytes_up`, from them, once for each range of chunks; and the milliseconds of
-    `compile_ms` and `range_ms`, summed over workers.
+    counted once for each round, and again when a run starts again; `bad_elements`;
+    `bytes_down`, to workers, and `bytes_up`, from them, once for each range of chunks;
+    and the milliseconds of `compile_ms` and `range_ms`, summed over workers.
 
     Returns:
       `Details(result, bad, metrics, pipelines)`.
@@ -186,7 +190,8 @@ class Session:
         progress: bool = False,
     ):
         check_on_bad(on_bad)
-        self.runner, self.options = _runner_of(runner), _options_of(options)
+        self.options = _options_of(options)
+        self.runner = _runner_of(runner, self.options)
         self.chunk_size = checked_chunk_size(chunk_size)
         self.on_bad, self.progress = on_bad, progress
         said = self.options.view_as(GoogleCloudOptions).temp_location
@@ -196,7 +201,7 @@ class Session:
         plan, leaves = plan_of(program, args)
         with self.open() as run:
             result = run.results(plan, run.staged(plan, leaves))
-        return Details(result, tuple(sorted(run.bad)), run.metrics, run.pipelines)
+        return Details(result, run.bad, run.metrics, run.pipelines)
 
     @contextlib.contextmanager
     def open(self) -> Generator["Run"]:
@@ -223,21 +228,31 @@ class Run:
     def __init__(self, session: Session, folder: str, bars: _progress.Bars):
         self.session, self.folder, self.bars = session, folder, bars
         self.environment = _environment.record()
-        self.bad: set[Bad] = set()
+        self.why: dict[tuple[str, int], dict[int, str]] = {}  # Elements are bad.
         self.metrics: dict[str, int] = {}
         self.pipelines = 0
+        self.folders: list[str] = []  # Of pipelines that have made placed values.
+
+    @property
+    def bad(self) -> tuple[Bad, ...]:
+        return tuple(
+            Bad(placement, index, why)
+            for (placement, _), whys in sorted(self.why.items())
+            for index, why in sorted(whys.items())
+        )
 
     def staged(self, plan: Plan, leaves: Sequence[Any]) -> list[Any]:
-        """Arguments of which those that rounds read are in files, written once."""
-        rounds = (stage for stage in plan.stages if isinstance(stage, MapReduce))
-        placed = {i for stage in rounds for i in stage.placed_inputs}
+        """Arguments of which placed and large ones are in files, written once."""
         staged = [*leaves]
         for k, i in enumerate(plan.inputs):
-            if i in placed and not isinstance(leaves[k], Placed):
-                dtype = as_sent(plan.avals[i]).dtype
+            x, dtype = leaves[k], as_sent(plan.avals[i]).dtype
+            if isinstance(x, Placed):
+                continue
+            if i in plan.at:
                 axis = plan.at[i].axis
-                reader = reader_of_array(leaves[k], axis, dtype, self.folder)
-                staged[k] = Placed(reader, 0)
+                staged[k] = Placed(reader_of_array(x, axis, dtype, self.folder), 0)
+            else:
+                staged[k] = _files.stage(np.asarray(x, dtype), self.folder)
         return staged
 
     def results(self, plan: Plan, leaves: Sequence[Any]) -> Any:
@@ -250,6 +265,9 @@ class Run:
             result_of(plan.avals[i], self.whole(plan, i, x))
             for i, x in zip(plan.outputs, outs, strict=True)
         ]
+        for folder in self.folders:
+            _files.remove(folder)
+        self.folders.clear()
         return jax.tree.unflatten(plan.out_tree, results)
 
     def plan(self, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
@@ -269,17 +287,16 @@ class Run:
     def elements(self, plan: Plan) -> Elements:
         """Which elements take part: not those that were bad before."""
         elements = {}
-        for placement, n in plan.placements:
-            skip = sorted(bad.index for bad in self.bad if bad.placement == placement)
-            if skip:
-                left = np.int32(n - len(skip))
-                taking = Taking(np.int32(n), np.array(skip, np.int32), left)
-                elements[placement, n] = taking
+        for key in plan.placements:
+            if skip := sorted(self.why.get(key, ())):
+                left = np.int32(key[1] - len(skip))
+                taking = Taking(np.int32(key[1]), np.array(skip, np.int32), left)
+                elements[key] = taking
         return elements
 
     def whole(self, plan: Plan, i: int, x: Any) -> Any:
         if not isinstance(x, Placed):
-            return x
+            return _files.load(x)
         return Whole(x.reader, x.leaf, *plan.at[i][1:]).value()
 
     def loop(
@@ -315,14 +332,23 @@ class Run:
                 constants = [env[i] for i in stage.body_constants]
                 given = [env[i] for i in stage.predicate_constants]
                 carry = [env[i] for i in stage.init]
-                while self.plan(stage.predicate, [*given, *carry])[0]:
+                while self.holds(stage.predicate, [*given, *carry]):
                     carry = self.plan(stage.body, [*constants, *carry])
                 write(stage.carry, carry)
             case Branch():
                 last = len(stage.branches) - 1
-                branch = stage.branches[min(max(int(env[stage.index]), 0), last)]
+                branch = stage.branches[
+                    min(
+                        max(int(self.whole(plan, stage.index, env[stage.index])), 0),
+                        last,
+                    )
+                ]
                 operands = [env[i] for i in stage.operands]
                 write(stage.results, self.plan(branch, operands))
+
+    def holds(self, predicate: Plan, inputs: Sequence[Any]) -> bool:
+        (out,) = self.plan(predicate, inputs)
+        return bool(self.whole(predicate, predicate.outputs[0], out))
 
     def stretch(
         self,
@@ -343,7 +369,6 @@ class Run:
                 _files.make_folder(path)
         settings = Settings(
             own,
-            self.folder,
             session.chunk_size,
             session.on_bad,
             self.environment,
@@ -362,25 +387,30 @@ class Run:
             result.wait_until_finish()
         self.measure(result)
         if saved.bad is not None:
-            self.leave_out(plan, _files.read_json(saved.bad))
+            self.leave_out(_files.read_json(saved.bad))
         dtypes = [as_sent(plan.avals[i]).dtype for i in made]
         values = _files.read_arrays(saved.values, dtypes)
         env.update(zip(made, values, strict=True))
-        placed = (i for i in read if isinstance(inner.get(i), Placed))
+        placed = [i for i in read if isinstance(inner.get(i), Placed)]
+        is_written = any(inner[i].after is not None for i in placed)
         env.update((i, Placed(inner[i].reader, inner[i].leaf)) for i in placed)
+        if is_written:
+            self.folders.append(own)
+        else:
+            _files.remove(own)
 
-    def leave_out(self, plan: Plan, found: Sequence[Any]) -> None:
-        """Notes bad elements; raises `_Again` if there are new ones."""
-        known = {(bad.placement, bad.index) for bad in self.bad}
-        new = [Bad(*bad) for bad in found if (bad[0], bad[1]) not in known]
-        if not new:
-            return
-        # One reason is enough, if several rounds have one.
-        self.bad |= {*{(bad.placement, bad.index): bad for bad in new}.values()}
-        everything = [*map(dataclasses.astuple, self.bad)]
-        for placement, n in plan.placements:
-            _work.check_some_remain(placement, n, everything)
-        raise _Again
+    def leave_out(self, found: Sequence[Any]) -> None:
+        """Notes bad elements; raises `_Again` if there are some.
+
+        Only those of the first round that has some: what later ones got was wrong.
+        """
+        for number, placement, n, index, why in sorted(found):
+            if number == found[0][0]:
+                self.why.setdefault((placement, n), {})[index] = why
+        for key, why in self.why.items():
+            _work.check_some_remain(*key, why)
+        if found:
+            raise _Again
 
     def measure(self, result: Any) -> None:
         """Adds up a pipeline's metrics; warns if workers were set up otherwise."""
@@ -420,8 +450,13 @@ def _options_of(options: Any) -> PipelineOptions:
     return made
 
 
-def _runner_of(runner: Any) -> Any:
+def _runner_of(runner: Any, options: PipelineOptions) -> Any:
+    said = options.view_as(StandardOptions).runner
     if runner == "embedded":
+        if said:
+            raise ValueError(
+                f"beam_runner: the options say --runner={said}; say runner={said!r}."
+            )
         return FnApiRunner()
     if isinstance(runner, str):
         _runners.refuse(runner.rpartition(".")[2])

@@ -106,8 +106,11 @@ class SourceReader:
                 f"and here {high - low} of them are asked for. Pad what is shorter, "
                 "and give a mask."
             )
+        name = f"{type(self.source).__name__}.read({low}, {high})"
+        # Copies: a source may use its arrays again while a chunk is computed.
         return [
-            x.astype(t.dtype, copy=False) for x, t in zip(leaves, types, strict=True)
+            cast(name, x, t.dtype, copy=True)
+            for x, t in zip(leaves, types, strict=True)
         ]
 
 
@@ -116,7 +119,33 @@ class SourceError(TypeError):
 
 
 def described(tree: Any) -> str:
-    return str(jax.tree.map(lambda x: f"{x.dtype}{list(np.shape(x))}", tree))
+    def name(x: Any) -> str:
+        dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+        return f"{dtype}{list(np.shape(x))}"
+
+    return str(jax.tree.map(name, tree))
+
+
+def cast(what: str, x: np.ndarray, dtype: Any, copy: bool = False) -> np.ndarray:
+    """An array in another dtype of its kind, which it must fit into.
+
+    Raises:
+      SourceError: if the dtype is of another kind, as an integer one for floats.
+      ValueError: if an integer is too large for it.
+    """
+    if x.dtype == dtype:
+        return np.array(x) if copy else x
+    if not np.can_cast(x.dtype, dtype, "same_kind"):
+        raise SourceError(
+            f"beam_runner: {what} gives {x.dtype}, which does not go into {dtype}, the "
+            "type of the first element, or the one that was said. Convert all of them."
+        )
+    converted = x.astype(dtype)
+    if x.dtype.kind in "iu" and np.any(converted != x):
+        raise ValueError(
+            f"beam_runner: {what} gives integers that do not fit into {dtype}."
+        )
+    return converted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +191,8 @@ class StagedArray:
 
 def reader_of_array(x: Any, axis: int, dtype: Any, folder: str) -> Reader:
     """Reads an array of the host: where it is, if that is a file, or staged."""
-    if isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap) and x.filename:
+    is_file = isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap)
+    if is_file and x.filename and x.mode != "c":  # Not one that is changed in memory.
         order = "C" if x.flags.c_contiguous else "F"
         path = str(x.filename)
         return ArrayFile(path, x.dtype, x.shape, x.offset, order, axis, dtype)

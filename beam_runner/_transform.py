@@ -1,5 +1,6 @@
 """A program as a transform of one's own pipeline."""
 
+import atexit
 import functools
 import itertools
 import os
@@ -12,10 +13,11 @@ import jax
 import numpy as np
 from apache_beam import pvalue
 from apache_beam.options.pipeline_options import GoogleCloudOptions
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.transforms.window import GlobalWindows
 
 from beam_runner import _environment, _files, _gather, _results, _runners, _work
-from beam_runner._arguments import check_sources, values_of
+from beam_runner._arguments import check_sources, read_of, values_of
 from beam_runner._graph import (
     Elements,
     Graph,
@@ -69,7 +71,7 @@ class MapReduce(beam.PTransform):
     """A program, or a derivative of one, as a transform of a pipeline.
 
     It is applied to the PCollections of those arguments that arrive in one: to a tuple
-    or a dict of them, in the order of the arguments; or to the pipeline, if none does.
+    of them, in the order of the arguments; or to the pipeline, if none does.
     A placed argument arrives as `(index, tree)`, an element each, in any order: they
     are gathered by index, and duplicates and gaps are errors. The index of a value of
     nested placements, `[pods, clients, ...]`, may be a tuple. Or it comes as `Chunks`,
@@ -89,8 +91,8 @@ class MapReduce(beam.PTransform):
       temp_location: as in `run`; by default that of the pipeline's options. What is
         written there is not removed, for the results are read from it.
       on_bad: as in `run`. With "collect" a program of several rounds, or one whose
-        round depends on how many elements there are, runs twice: what one round leaves
-        out, all are to leave out.
+        round depends on how many elements there are, runs several times: what one round
+        leaves out, all are to leave out, and only then is known what a later one gets.
       any_number: whether another number of elements may arrive than the program says.
         Its plan must be the same for all numbers, see `drjax.Plan.size_free`.
 
@@ -147,43 +149,65 @@ class MapReduce(beam.PTransform):
         )
         _runners.check(pipeline.runner)
         folder = self._folder(pipeline)
-        settings = Settings(
-            folder, folder, self.chunk_size, self.on_bad, _environment.record()
-        )
+        settings = Settings(folder, self.chunk_size, self.on_bad, _environment.record())
         values, elements = self._arrive(
             {x.name: c for x, c in zip(arriving, collections, strict=True)}, folder
         )
         plan, found = self.plan, None
         if self.on_bad == "collect" and not _is_found_in_time(plan):
-            # What one round has left out, all are to leave out: they run twice.
-            before = _files.join(folder, "before")
-            _files.make_folder(before)
-            find = _FindBad(plan, settings._replace(folder=before), elements, values)
-            found = pipeline | "Find bad" >> find
-            elements = _without(found, plan, elements)
-            settings = settings._replace(on_bad="raise")
+            found, elements = self._find_bad(pipeline, settings, values, elements)
+            settings = settings._replace(on_bad=_work.LEFT)
         graph = Graph(pipeline, settings, elements)
         env = first_values(plan, values, elements)
         for stage in plan.stages:
             graph.add(plan, stage, env)
             if isinstance(stage, Round) and graph.bad:
                 found = _results.bad(graph)
-                elements = _without(found, plan, elements)
+                elements = _without(found, plan, elements, "")
                 env.update((i, elements[key].size) for i, key in plan.sizes.items())
         outs = [typed(plan, env, i) for i in plan.outputs]
         return Result(
             _results.server(graph, plan.out_tree, outs),
             _results.placed(graph, plan.out_tree, outs, elements),
-            _results.bad(graph) if found is None else found,
+            (_results.bad(graph) if found is None else found)
+            | "Bad/Give" >> beam.Map(_public),
         )
+
+    def _find_bad(
+        self,
+        pipeline: Any,
+        settings: Settings,
+        values: Sequence[Any],
+        elements: Elements,
+    ) -> tuple[Any, Elements]:
+        """Finds the bad elements: round by round, each without those found before.
+
+        What a round gets is right only if earlier ones have left out theirs. A plan
+        with loops is looked at as a whole.
+        """
+        plan = self.plan
+        rounds = 1 if plan.inner else plan.rounds
+        found = pipeline | "Found 0" >> beam.Create([])
+        for k in range(1, rounds + 1):
+            folder = _files.join(settings.folder, f"find-{k}")
+            _files.make_folder(folder)
+            up_to = None if plan.inner else k
+            own = settings._replace(folder=folder)
+            find = _FindBad(plan, own, elements, values, up_to)
+            more = pipeline | f"Find bad {k}" >> find
+            found = (found, more) | f"Found {k}" >> beam.Flatten()
+            elements = _without(found, plan, elements, f" {k}")
+        return found, elements
 
     def _folder(self, pipeline: Any) -> str:
         """A folder for files; what is in the machine's temporary one is removed."""
         options = pipeline.options.view_as(GoogleCloudOptions)
         said = self.temp_location or options.temp_location
         folder = _files.new_folder(_runners.temp_location(said, pipeline.runner))
-        if said is None:
+        if said is None and isinstance(pipeline.runner, FnApiRunner):
             weakref.finalize(pipeline, _files.remove, folder)
+        elif said is None:  # Another runner may go on when the pipeline is forgotten.
+            atexit.register(_files.remove, folder)
         return folder
 
     def _arrive(
@@ -199,10 +223,17 @@ class MapReduce(beam.PTransform):
                 values += argument.leaves
                 continue
             name, collection = argument.name, collections[argument.name]
-            at = next((plan.at[i] for i in inputs if i in plan.at), None)
+            used = [i for i in inputs if i in read_of(plan)]
+            if not used:
+                values += [None] * len(inputs)
+                continue
+            at = next((plan.at[i] for i in used if i in plan.at), None)
             if at is None:
                 check = functools.partial(_server_leaves, name, argument.structs)
-                made = collection | name.capitalize() >> beam.Map(check)
+                trees = (
+                    collection | f"{name.capitalize()}/List" >> beam.combiners.ToList()
+                )
+                made = trees | name.capitalize() >> beam.Map(check)
                 values += [Made(made, k) for k in range(len(inputs))]
                 continue
             dtypes = tuple(as_sent(plan.avals[i]).dtype for i in inputs)
@@ -230,19 +261,34 @@ class MapReduce(beam.PTransform):
 
 
 class _FindBad(beam.PTransform):
-    """Runs a plan to find the elements that are bad: `(placement, index, why)`."""
+    """Runs a plan up to its k-th round, to find the elements that are bad in that."""
 
     def __init__(
-        self, plan: Plan, settings: Settings, elements: Elements, values: Sequence[Any]
+        self,
+        plan: Plan,
+        settings: Settings,
+        elements: Elements,
+        values: Sequence[Any],
+        k: int | None,
     ):
         super().__init__()
-        self.arguments = plan, values, settings, elements
+        self.arguments = plan, values, settings, elements, k
 
     def expand(self, input_or_inputs: Any) -> Any:
-        plan, values, settings, elements = self.arguments
+        plan, values, settings, elements, k = self.arguments
         graph = Graph(input_or_inputs.pipeline, settings, elements)
-        graph.run(plan, values)
+        env = first_values(plan, values, elements)
+        for stage in plan.stages:
+            graph.add(plan, stage, env)
+            if k is not None and len(graph.bad) == k:
+                graph.bad = graph.bad[-1:]
+                break
         return _results.bad(graph)
+
+
+def _public(found: tuple[Any, ...]) -> tuple[str, int, str]:
+    _, placement, _, index, why = found
+    return placement, index, why
 
 
 def _is_found_in_time(plan: Plan) -> bool:
@@ -255,7 +301,7 @@ def _is_found_in_time(plan: Plan) -> bool:
     return plan.sizes.keys().isdisjoint(read)
 
 
-def _without(bad: Any, plan: Plan, elements: Elements) -> Elements:
+def _without(bad: Any, plan: Plan, elements: Elements, label: str) -> Elements:
     """The elements without the bad ones."""
     result = {}
     for key in plan.placements:
@@ -264,9 +310,9 @@ def _without(bad: Any, plan: Plan, elements: Elements) -> Elements:
         n: Any = taking.n
         if isinstance(n, Made):
             sides.append(pvalue.AsSingleton(n.producer))
-        name = f"Good {' '.join(map(str, key))}"
+        name = f"Good {key[0]} {key[1]}{label}"
         known = None if isinstance(n, Made) else int(n)
-        remaining = functools.partial(_remaining, key[0], known)
+        remaining = functools.partial(_remaining, key, known)
         start = bad.pipeline | f"{name}/Start" >> beam.Impulse()
         made = start | name >> beam.Map(remaining, *sides)
         result[key] = Taking(n, Made(made, 0), Made(made, 1))
@@ -274,19 +320,24 @@ def _without(bad: Any, plan: Plan, elements: Elements) -> Elements:
 
 
 def _remaining(
-    placement: str, n: int | None, _: Any, bad: Sequence[Any], *counts: Any
+    key: tuple[str, int], n: int | None, _: Any, bad: Sequence[Any], *counts: Any
 ) -> list[np.ndarray]:
     """The positions of bad elements, and how many others there are."""
     if n is None:
         n = int(counts[0][0])
+    why = {index: why for _, *other, index, why in bad if tuple(other) == key}
     if n:
-        _work.check_some_remain(placement, n, bad)
-    positions = sorted({i for name, i, _ in bad if name == placement})
-    return [np.array(positions, np.int32), np.array(n - len(positions), np.int32)]
+        _work.check_some_remain(key[0], n, why)
+    return [np.array(sorted(why), np.int32), np.array(n - len(why), np.int32)]
 
 
-def _server_leaves(name: str, structs: Any, tree: Any) -> list[np.ndarray]:
-    return _gather.leaves_of(name, tree, structs, 0, ())
+def _server_leaves(name: str, structs: Any, trees: Sequence[Any]) -> list[np.ndarray]:
+    if len(trees) != 1:
+        raise ValueError(
+            f"beam_runner.MapReduce: {name} is the server's, so that its PCollection "
+            f"is to have one tree, but it has {len(trees)}."
+        )
+    return _gather.leaves_of(name, trees[0], structs, 0, ())
 
 
 def _same_count(name: str, mine: Sequence[Any], first: Sequence[Any]) -> Any:
@@ -325,7 +376,9 @@ def _argument(k: int, arg: Any) -> _Argument:
             "jax.ShapeDtypeStruct, which stand for what arrives in a PCollection."
         )
     values = values_of([arg])
-    return _Argument(name, values.structs[0], values.leaves, False)
+    # Copies of arrays, for it runs later.
+    leaves = [np.array(x) if type(x) is np.ndarray else x for x in values.leaves]
+    return _Argument(name, values.structs[0], leaves, False)
 
 
 def _check_uses(plan: Plan, arguments: Sequence[_Argument], any_number: bool) -> None:
@@ -334,7 +387,7 @@ def _check_uses(plan: Plan, arguments: Sequence[_Argument], any_number: bool) ->
     arriving, known = set[tuple[str, int]](), set[tuple[str, int]]()
     for argument in arguments:
         inputs = [*itertools.islice(numbers, len(argument.leaves))]
-        ats = {plan.at.get(i) for i in inputs}
+        ats = {plan.at.get(i) for i in inputs if i in read_of(plan)}
         if argument.arrives and len(ats) > 1:
             raise TypeError(
                 f"beam_runner.MapReduce: {argument.name} is placed in part only, or "
@@ -374,7 +427,10 @@ def _collections_of(given: Any, arriving: Sequence[_Argument]) -> list[Any]:
         case tuple() | list():
             collections = [*given]
         case dict():
-            collections = [*given.values()]
+            raise TypeError(
+                "beam_runner.MapReduce: give the PCollections as a tuple, in the order "
+                "of the arguments; names say nothing here."
+            )
         case _:
             collections = []
     if len(collections) != len(arriving):

@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -25,15 +25,15 @@ from beam_runner._sources import ChunkFiles, Reader, Whole
 Arrays = list[np.ndarray]
 METRICS = "drjax"  # The namespace.
 ON_BAD = ("raise", "collect", "keep")
+LEFT = "left"  # As "raise", where others were left out before.
 
 
 class BadElementError(ValueError):
     """An element cannot be read, or gives what is not finite."""
 
 
-def check_some_remain(placement: str, n: int, bad: Iterable[Sequence[Any]]) -> None:
-    """Raises if all elements of a placement are bad."""
-    why = {i: why for name, i, why in bad if name == placement}
+def check_some_remain(placement: str, n: int, why: Mapping[int, str]) -> None:
+    """Raises if all elements of a placement are bad, of which it is known why."""
     if len(why) >= n:
         raise BadElementError(
             f"beam_runner: all {n} elements of {placement!r} are bad; element "
@@ -61,6 +61,7 @@ class Work(NamedTuple):
     """A round, as data.
 
     Args:
+      name: of the round, unlike those of others.
       program: StableHLO of a chunk, see `drjax.plan.MapReduce.export`.
       placement: its name.
       chunk: elements in one.
@@ -76,6 +77,7 @@ class Work(NamedTuple):
       progress: a folder with a file for each range that is done, or None.
     """
 
+    name: str
     program: bytes
     placement: str
     chunk: int
@@ -160,9 +162,10 @@ class Serve(beam.DoFn):
         compare(self.environment)
 
     def process(self, element: Any, *producers: Any) -> Iterator[Any]:
-        run = compiled(self.program)
-        inputs = map(from_numpy, picked(self.picks, producers), run.avals)
-        outs = map(to_numpy, run.call(*inputs))
+        with jax.enable_x64(self.environment.environment.x64):  # It is a thread's.
+            run = compiled(self.program)
+            inputs = map(from_numpy, picked(self.picks, producers), run.avals)
+            outs = [*map(to_numpy, run.call(*inputs))]
         yield [_files.stage(x, self.folder) for x in outs]
 
 

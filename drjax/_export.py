@@ -57,7 +57,9 @@ OPERATIONS = {
 }
 
 
-def of_chunk(stage: Any, *, whole: bool = False) -> Callable[..., list[Any]]:
+def of_chunk(
+    stage: Any, *, whole: bool = False, wide_sums: bool = False
+) -> Callable[..., list[Any]]:
     """The function of c elements at once that a round computes.
 
     `(count, index, *server inputs, *placed inputs) -> (*reduced, *placed outputs)`. The
@@ -66,14 +68,14 @@ def of_chunk(stage: Any, *, whole: bool = False) -> Callable[..., list[Any]]:
     The others run as the first one once more, whatever they hold, and what they give is
     selected away: a NaN, or a loop that would not end, does not matter.
 
-    With `whole`, all are valid and there is no `count`; and what is reduced of floats
-    narrower than 32 bits is float32, for what is added to it.
+    With `whole`, all are valid and there is no `count`. With it, or with `wide_sums`,
+    a sum of floats narrower than 32 bits is float32, for what is added to it.
     """
     n_server, n_reduced = len(stage.server_inputs), len(stage.reductions)
     operations = [operation for operation, _ in stage.reductions]
     summed = [operation == "sum" for operation in operations]
     dtypes = [aval.dtype for aval in stage.body.out_avals[:n_reduced]]
-    if whole:
+    if whole or wide_sums:
         pairs = zip(summed, dtypes, strict=True)
         dtypes = [wide(dtype) if is_sum else dtype for is_sum, dtype in pairs]
     is_output = [False] * len(stage.placed_outputs)
@@ -125,9 +127,12 @@ def _select(is_valid: Any, x: Any, otherwise: Any) -> Any:
 
 
 def export_round(
-    stage: Any, platforms: Sequence[str] | None, chunk: int | str | None
+    stage: Any,
+    platforms: Sequence[str] | None,
+    chunk: int | str | None,
+    wide_sums: bool = False,
 ) -> bytes:
-    """The StableHLO of `MapReduce.export`."""
+    """The StableHLO of `MapReduce.export`; `wide_sums` as of `of_chunk`."""
     _check_portable(stage.body)
     if chunk is None:
         return _serialized(as_fun(stage.body), stage.body.in_avals, platforms)
@@ -141,7 +146,7 @@ def export_round(
                 f"'symbolic', but got {chunk!r}."
             )
     avals = [stage.body.in_avals[0], *avals_of_chunk(stage, c)]  # The count is first.
-    return _serialized(of_chunk(stage), avals, platforms)
+    return _serialized(of_chunk(stage, wide_sums=wide_sums), avals, platforms)
 
 
 def as_size(x: Any) -> int:

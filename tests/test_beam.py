@@ -175,6 +175,18 @@ def test_folds_are_in_the_order_of_the_ranges():
     assert len(naive) > 1
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("chunk_size", [1, 100, 2000])
+def test_sums_of_halves_are_not_rounded_before_the_end(dtype, chunk_size):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(99, 101, 1000), rng.uniform(-101, -99, 1000)])
+    x = x.astype(dtype)
+    total = beam_runner.run(program(drjax.reduce_sum, len(x)), x, chunk_size=chunk_size)
+    exact = np.sum(x.astype(np.float64))
+    assert total.dtype == dtype
+    assert abs(float(total) - exact) <= float(jnp.finfo(dtype).eps) * abs(exact)
+
+
 def test_integers_wrap_around_as_under_jit():
     x = np.full(N, 2**30, np.int32)
     total = program(lambda x: (drjax.reduce_sum(x), drjax.reduce_max(x)))
@@ -244,6 +256,71 @@ def test_a_source_is_read_once_a_round_in_chunks_and_by_index():
     READS.clear()
     beam_runner.run(loss, W, Noted(X), chunk_size=10)
     assert sorted(READS) == [(0, 1), (0, 10), (10, 20), (20, N)]
+
+
+class Reused(Slices):
+    """It gives the same array again and again."""
+
+    def read(self, low, high):
+        if not hasattr(self, "buffer"):
+            self.buffer = np.zeros((100, *self.x.shape[1:]), self.x.dtype)
+        self.buffer[: high - low] = self.x[low:high]
+        return self.buffer[: high - low]
+
+
+def test_a_source_may_use_its_arrays_again():
+    x = np.arange(5000, dtype=np.float32)
+    total = program(drjax.reduce_sum, len(x))
+    assert beam_runner.run(total, Reused(x), chunk_size=10) == x.sum()
+    x[7] = np.nan
+    got = beam_runner.run(total, Reused(x), chunk_size=10, on_bad="collect")
+    assert got == np.nansum(x)
+
+
+def test_a_source_whose_dtype_changes_is_refused():
+    class Drifting(Slices):
+        def read(self, low, high):
+            return np.array(self.x[low:high])
+
+    total = program(drjax.reduce_sum, 4)
+    with pytest.raises(TypeError, match="float64, which does not go into int32"):
+        beam_runner.run(total, Drifting([1, 2.5, 3.75, 4.5]), chunk_size=2)
+    with pytest.raises(beam_runner.BadElementError, match="do not fit into int32"):
+        beam_runner.run(total, Drifting([1, 2, 2**40, 4]), chunk_size=2)
+
+
+def test_arrays_of_the_same_bytes_are_told_apart():
+    x = np.ones((2, 512, 1024), np.float32)
+
+    def both(x):
+        return drjax.reduce_sum(x), drjax.reduce_sum(x.reshape(2, 1024, 512))
+
+    got = beam_runner.run(program(both, 2), x)
+    assert [y.shape for y in got] == [(512, 1024), (1024, 512)]
+
+
+def test_a_memmap_that_is_changed_in_memory_only(tmp_path):
+    np.zeros(5, np.float32).tofile(tmp_path / "x")
+    x = np.memmap(tmp_path / "x", np.float32, "c")
+    x[:] = 1
+    assert beam_runner.run(program(drjax.reduce_sum, 5), x) == 5
+
+
+def test_files_of_earlier_rounds_are_removed(tmp_path):
+    sizes = []
+
+    def until(state):
+        files = (path for path in tmp_path.rglob("*") if path.is_file())
+        sizes.append(sum(path.stat().st_size for path in files))
+        return False
+
+    added = program(lambda state, x: state + drjax.reduce_sum(x), 2)
+    x, state = np.ones((2, 2**18), np.float32), np.zeros(2**18, np.float32)
+    beam_runner.iterate(
+        added, state, x, until=until, max_rounds=3, temp_location=tmp_path, chunk_size=1
+    )
+    assert sizes[0] >= x.nbytes
+    assert sizes[3] == sizes[2] == sizes[1]
 
 
 def test_a_tree_may_hold_sources_and_arrays():
@@ -386,6 +463,41 @@ def test_any_number_of_elements(n):
     )
 
 
+def test_gaps_among_any_number_are_errors():
+    total = program(lambda x: drjax.reduce_sum(x * drjax.placement_index()), 8)
+    structs = jax.ShapeDtypeStruct((8,), jnp.float32)
+    make = functools.partial(beam_runner.MapReduce, total, any_number=True)
+    one = np.ones(2, np.float32)
+    chunks = [(0, one[:1]), (2, one), (4, one)]
+    with pytest.raises(ValueError, match="missing among those from index 0 to 1"):
+        through(make(beam_runner.Chunks(structs, 2)), chunks)
+    with pytest.raises(ValueError, match="has the index 1"):
+        through(make(structs), [(i, 1.0) for i in (0, 2, 3)])
+
+
+def test_what_is_not_read_may_arrive():
+    first = program(lambda t, unused: drjax.reduce_sum(t["a"]))
+    table = {"a": X[:, 0], "b": X}
+    rows = [(i, {"a": X[i, 0], "b": X[i]}) for i in range(N)]
+    transform = beam_runner.MapReduce(first, struct(table), struct(W))
+    assert_close(through(transform, rows, [W]).server, [X[:, 0].sum()])
+
+
+def test_a_transform_keeps_what_it_was_given():
+    x, results = np.ones(2, np.float32), []
+    for k in (1, 2):
+        x[...] = k
+        results.append(beam_runner.MapReduce(program(drjax.reduce_sum, 2), x))
+    assert [float(through(result).server[0]) for result in results] == [2, 4]
+
+
+def test_a_servers_argument_arrives_once():
+    transform = functools.partial(beam_runner.MapReduce, loss, struct(W), X)
+    for trees in ([], [W, W]):
+        with pytest.raises(ValueError, match=f"argument 1(.|\n)*has {len(trees)}"):
+            through(transform(), trees)
+
+
 def test_no_elements_at_all():
     def of_none(fn):
         transform = beam_runner.MapReduce(program(fn), struct(X), any_number=True)
@@ -517,6 +629,38 @@ def test_an_element_that_is_bad_in_the_second_round_only():
     assert_close(details.result, others(good))
     result = through(beam_runner.MapReduce(centred, x, on_bad="collect", chunk_size=4))
     assert_close(result.server, [others(good)])
+
+
+def test_what_a_later_round_gets_is_right_before_it_is_judged():
+    """Were the mean that of five, 3, the second element would seem bad too."""
+
+    def centre(x):
+        mean = drjax.reduce_mean(x)
+        return drjax.reduce_sum(drjax.map_fn(lambda x: 1 / (x - mean), x))
+
+    x = np.array([np.nan, 3, 2, 5, 5], np.float32)
+    want = program(centre, 4)(x[1:])
+    centred = program(centre, 5)
+    details = beam_runner.run_with_details(centred, x, on_bad="collect")
+    assert [bad.index for bad in details.bad] == [0]
+    assert_close(details.result, want)
+    result = through(beam_runner.MapReduce(centred, x, on_bad="collect"))
+    assert_close(result.server, [want])
+    assert [index for _, index, _ in result.bad] == [0]
+
+
+def test_placements_of_one_name_have_bad_elements_of_their_own():
+    few, many = program(drjax.reduce_mean, 5), program(drjax.reduce_mean, 9)
+
+    def both(x, y):
+        return few(x), many(y)
+
+    x, y = np.arange(5, dtype=np.float32), np.ones(9, np.float32)
+    y[[3, 7]] = np.nan
+    got = beam_runner.run(both, x, y, on_bad="collect")
+    assert_close(got, (2.0, 1.0))
+    got = through(beam_runner.MapReduce(both, x, y, on_bad="collect")).server
+    assert_close(got, [(2.0, 1.0)])
 
 
 def test_placed_results_of_bad_elements():
@@ -735,6 +879,12 @@ def test_options_that_are_wrong():
         beam_runner.run(loss, W, X, chunk_size=0)
     with pytest.raises(ValueError, match="on_bad is one of"):
         beam_runner.run(loss, W, X, on_bad="ignore")
+    with pytest.raises(ValueError, match="options say --runner"):
+        beam_runner.run(loss, W, X, options=["--runner=FlinkRunner"])
+    with pytest.raises(TypeError, match="knows no options"):
+        beam_runner.run(loss, W, X, options={"workers": 3})
+    with pytest.raises(ValueError, match="'embedded', or one of Beam"):
+        beam_runner.run(loss, W, X, runner="Embeded")
     with pytest.raises(ValueError, match="on_bad is one of"):
         beam_runner.MapReduce(loss, W, X, on_bad="skip")
 
@@ -828,6 +978,14 @@ def test_workers_need_nothing_of_the_program():
     ]
     assert any("RunRange" in names for names in strings)
     assert not any(__name__ in names for names in strings)
+
+
+def test_progress_of_two_rounds_comes_to_its_end(capsys):
+    def two_rounds(w, x):
+        return loss(w - jax.grad(loss)(w, x), x)
+
+    beam_runner.run(two_rounds, W, X, chunk_size=5, progress=True)
+    assert "10/10" in capsys.readouterr().out
 
 
 def test_progress_shows_what_is_done(capsys):
