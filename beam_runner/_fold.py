@@ -64,7 +64,7 @@ def is_finite(operation: str, x: np.ndarray) -> bool:
 
 
 class Fold(beam.PTransform):
-    """`(index, arrays)` of ranges to one list of arrays, in a tree by index.
+    """Parts of ranges, `by_group`, to one list of arrays, in a tree by index.
 
     Args:
       operations, dtypes: how they are combined, and what comes out.
@@ -87,23 +87,17 @@ class Fold(beam.PTransform):
 
     def expand(self, input_or_inputs: Any) -> Any:
         partial = input_or_inputs
-        for level in range(1, self.levels + 1):
-            if level == self.levels and self.shapes is not None:
-                none = partial.pipeline | "None" >> beam.Create([(-1, None)])
-                partial = (partial, none) | beam.Flatten()
-            partial = (
-                partial
-                | f"Group {level}" >> beam.Map(_by_group, level == self.levels)
-                | f"Gather {level}" >> beam.GroupByKey()
-                | f"Fold {level}"
-                >> beam.MapTuple(
-                    functools.partial(_folded, self.operations, self.folder)
-                )
-            )
+        if self.levels == 2:
+            fold = functools.partial(_folded, self.operations, self.folder)
+            gathered = partial | "Gather groups" >> beam.GroupByKey()
+            partial = gathered | "Fold groups" >> beam.Map(fold)
+        if self.shapes is not None:
+            none = partial.pipeline | "None" >> beam.Create([(0, (-1, None))])
+            partial = (partial, none) | beam.Flatten()
         finish = functools.partial(
             _finished, self.operations, self.dtypes, self.shapes, self.folder
         )
-        return partial | "Finish" >> beam.MapTuple(finish)
+        return partial | "Gather" >> beam.GroupByKey() | "Fold" >> beam.Map(finish)
 
 
 def levels(count: int) -> int:
@@ -113,21 +107,27 @@ def levels(count: int) -> int:
 MAX_RANGES = FAN_IN**2
 
 
-def _by_group(indexed: Any, is_last: bool) -> Any:
-    return 0 if is_last else indexed[0] // FAN_IN, indexed
+def by_group(levels: int, index: int, part: Any) -> Any:
+    """A part of the index, with the group in which it is folded first."""
+    return index // FAN_IN if levels == 2 else 0, (index, part)
 
 
-def _folded(operations: Sequence[str], folder: str, key: int, group: Any) -> Any:
+def _folded(operations: Sequence[str], folder: str, group: Any) -> Any:
+    """A group of the first of two levels, as a part of the only one of the second."""
+    total = _total(operations, group)
+    return 0, (group[0], [_files.stage(x, folder) for x in total])
+
+
+def _total(operations: Sequence[str], group: Any) -> Any:
     """Combines what is there by order of index; large values are read one at a time."""
-    parts = (part for _, part in sorted(group, key=lambda indexed: indexed[0]))
+    parts = (part for _, part in sorted(group[1], key=lambda indexed: indexed[0]))
     loaded: Iterator[Arrays] = (
         [*map(_files.load, part)] for part in parts if part is not None
     )
     first = list(itertools.islice(loaded, 1))
     if not first:
-        return key, None
-    total = functools.reduce(functools.partial(combined, operations), loaded, first[0])
-    return key, [_files.stage(x, folder) for x in total]
+        return None
+    return functools.reduce(functools.partial(combined, operations), loaded, first[0])
 
 
 def _finished(
@@ -135,9 +135,9 @@ def _finished(
     dtypes: Sequence[Any],
     shapes: Any,
     folder: str,
-    _: int,
-    total: Any,
+    group: Any,
 ) -> list[Any]:
+    total = _total(operations, group)
     if total is None:
         extremes = {"max", "min"} & {*operations}
         if extremes:
@@ -149,5 +149,5 @@ def _finished(
             np.full(shape, {"prod": 1, "and": -1}.get(operation, 0)).astype(dtype)
             for operation, dtype, shape in zip(operations, dtypes, shapes, strict=True)
         ]
-    arrays = narrowed(dtypes, [*map(_files.load, total)])
+    arrays = narrowed(dtypes, total)
     return [_files.stage(x, folder) for x in arrays]

@@ -20,7 +20,7 @@ from beam_runner import _environment, _files, _fold, _work
 from beam_runner._range import RunRange
 from beam_runner._sources import ChunkFiles, Reader, Whole, reader_of_array
 from drjax import _chunks
-from drjax._export import as_size, export_round
+from drjax._export import as_size, export_full_chunk, export_round
 from drjax.plan import At, MapReduce, Plan, Scan, Server
 
 CHUNKS_OF_RANGE = 16  # At most, unless there are very many: what a worker gets at once.
@@ -133,7 +133,8 @@ class Graph:
         match stage:
             case Server():
                 values = [typed(plan, env, i) for i in stage.inputs]
-                made = self._serve("Server", exported_server(stage), values)
+                program, count = exported_server(stage), len(stage.outputs)
+                made = self._serve("Server", program, values, count)
                 env.update(zip(stage.outputs, made, strict=True))
             case MapReduce():
                 self._add_round(plan, stage, env)
@@ -151,16 +152,28 @@ class Graph:
         """Adds a function of values, which gives a list of arrays."""
         structs = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in values]
         program = jax.export.export(jax.jit(fn))(*structs)
-        return self._serve(name, bytes(program.serialize()), values)
+        count = len(program.out_avals)
+        return self._serve(name, bytes(program.serialize()), values, count)
 
-    def _serve(self, name: str, program: bytes, values: Sequence[Typed]) -> list[Made]:
+    def _serve(
+        self, name: str, program: bytes, values: Sequence[Typed], count: int
+    ) -> list[Made]:
         name, settings = self.label(name), self.settings
         picks, sides = self.picks(values)
         serve = _work.Serve(program, picks, settings.folder, settings.environment)
-        start = self.pipeline | f"{name}/Start" >> beam.Impulse()
+        start, sides = self.start(name, sides)
         producer = start | f"{name}/Run" >> beam.ParDo(serve, *sides)
-        outs = jax.export.deserialize(bytearray(program)).out_avals
-        return [Made(producer, k) for k in range(len(outs))]
+        return [Made(producer, k) for k in range(count)]
+
+    def start(self, name: str, sides: list[Any]) -> tuple[Any, list[Any]]:
+        """What a step that runs once is applied to, and its other side inputs.
+
+        That is the first value it reads, if the pipeline makes one: a runner fuses the
+        step with what makes it, and has no side input to gather.
+        """
+        if sides and isinstance(sides[0], pvalue.AsSingleton):
+            return sides[0].pvalue, sides[1:]
+        return self.pipeline | f"{name}/Start" >> beam.Impulse(), sides
 
     def _add_round(self, plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:
         settings, name = self.settings, self.label(f"Round over {stage.placement}")
@@ -186,9 +199,12 @@ class Graph:
         )
         if outputs:
             _files.make_folder(files.folder)
+        pieces = ranges(stage.n, chunk) if is_known else None
+        levels = _fold.levels(len(pieces)) if pieces else 2
         work = _work.Work(
             name=name.replace(" ", "-"),
             program=exported_round(stage, chunk),
+            full=exported_full(stage, chunk),
             placement=stage.placement,
             chunk=chunk,
             n=rest[-2],
@@ -197,29 +213,30 @@ class Graph:
             skip=rest[-1],
             operations=tuple(operation for operation, _ in stage.reductions),
             dtypes=tuple(aval.dtype for aval in avals),
+            levels=levels,
             outputs=files,
             on_bad=settings.on_bad,
             folder=settings.folder,
             environment=settings.environment,
             progress=settings.progress,
         )
-        if is_known:
-            pieces = ranges(stage.n, chunk)
+        if pieces is not None:
             self.ranges += len(pieces)
-            todo = self.pipeline | f"{name}/Ranges" >> beam.Create(pieces)
-            levels = _fold.levels(len(pieces))
+            start, of = self.pipeline | f"{name}/Start" >> beam.Impulse(), pieces
         else:
-            todo = elements.n.producer | f"{name}/Ranges" >> beam.FlatMap(
-                _ranges_of, chunk
-            )
-            todo, levels = todo | f"{name}/Spread" >> beam.Reshuffle(), 2
-        done = todo | f"{name}/Map" >> beam.ParDo(
-            RunRange(work), *sides, *waits
-        ).with_outputs("bad", main="reduced")
+            start, of = elements.n.producer, chunk
+        todo = start | f"{name}/Ranges" >> beam.FlatMap(_ranges_of, of)
+        if pieces is None or len(pieces) > 1:
+            todo |= f"{name}/Spread" >> beam.Reshuffle()
+        run = beam.ParDo(RunRange(work), *sides, *waits)
         if settings.on_bad == "collect":
+            done = todo | f"{name}/Map" >> run.with_outputs("bad", main="reduced")
             self.bad.append((stage.placement, stage.n, done.bad))
+            reduced = done.reduced
+        else:
+            reduced = todo | f"{name}/Map" >> run
         may_be_none = not is_known or settings.on_bad == "collect"
-        folded = done.reduced | f"{name}/Fold" >> _fold.Fold(
+        folded = reduced | f"{name}/Fold" >> _fold.Fold(
             work.operations,
             work.dtypes,
             [aval.shape for aval in avals] if may_be_none else None,
@@ -350,8 +367,9 @@ def ranges(n: int, chunk: int) -> list[tuple[int, int, int]]:
     return [(k, low, min(low + each, chunks)) for k, low in enumerate(lows)]
 
 
-def _ranges_of(sizes: Sequence[Any], chunk: int) -> list[tuple[int, int, int]]:
-    return ranges(int(sizes[0]), chunk)
+def _ranges_of(sizes: Any, of: Any) -> list[tuple[int, int, int]]:
+    """Ranges that are known; or, by the size of a chunk, those of a size."""
+    return of if isinstance(of, list) else ranges(int(sizes[0]), of)
 
 
 def as_sent(aval: Any) -> Any:
@@ -384,3 +402,7 @@ def exported_server(stage: Server) -> bytes:
 
 def exported_round(stage: MapReduce, chunk: int) -> bytes:
     return _once(stage, chunk, lambda: export_round(stage, None, chunk, wide_sums=True))
+
+
+def exported_full(stage: MapReduce, chunk: int) -> bytes:
+    return _once(stage, ("full", chunk), lambda: export_full_chunk(stage, chunk))

@@ -19,9 +19,9 @@ from beam_runner._work import (
     Pick,
     Work,
     compare,
-    compiled,
     count,
     from_numpy,
+    loaded,
     picked,
     to_numpy,
     took,
@@ -29,7 +29,7 @@ from beam_runner._work import (
 
 
 class RunRange(beam.DoFn):
-    """`(range, first chunk, last chunk) -> (range, what its chunks reduce to)`.
+    """`(range, first chunk, last chunk)` to what its chunks reduce to, `by_group`.
 
     Elements that are left out go to the output 'bad', as `(position, why)`.
     """
@@ -60,7 +60,8 @@ class RunRange(beam.DoFn):
         count("bytes_down", sum(x.nbytes for x in run.server))
         if run.total is not None:
             count("bytes_up", sum(x.nbytes for x in run.total))
-            yield index, [_files.stage(x, work.folder) for x in run.total]
+            total = [_files.stage(x, work.folder) for x in run.total]
+            yield _fold.by_group(work.levels, index, total)
         if work.progress:
             done = _files.join(work.progress, f"{work.name}-{index}")
             _files.write(done, lambda _: None)
@@ -83,7 +84,7 @@ class Chunks:
         self.server = picked(work.server, producers)
         n, self.skip = picked([work.n, work.skip], producers)
         self.n = int(n)
-        self.program = compiled(work.program)
+        self.program, self.full = loaded(work.program), loaded(work.full)
         avals = self.program.avals[2 : 2 + len(self.server)]
         self.on_device = [
             jax.device_put(from_numpy(x, aval))
@@ -111,7 +112,9 @@ class Chunks:
         index, *placed = inputs
         avals = self.program.avals[2 + len(self.server) :]
         placed = map(from_numpy, placed, avals)
-        return self.program.call(np.int32(count), index, *self.on_device, *placed)
+        if not missing:
+            return self.full(index, *self.on_device, *placed)
+        return self.program(np.int32(count), index, *self.on_device, *placed)
 
     def finish(self, started: Started) -> None:
         positions, rows, parts = started.positions, started.rows, self.parts

@@ -28,7 +28,7 @@ def save(graph: Graph, values: Sequence[Typed]) -> Saved:
         _files.join(folder, "values"), _files.join(folder, "bad") if graph.bad else None
     )
     picks, sides = graph.picks(values)
-    start = graph.pipeline | "Results/Start" >> beam.Impulse()
+    start, sides = graph.start("Results", sides)
     write = functools.partial(_save, saved.values, picks)
     _ = start | "Results/Save" >> beam.Map(write, *sides)
     if saved.bad is not None:
@@ -37,7 +37,7 @@ def save(graph: Graph, values: Sequence[Typed]) -> Saved:
     return saved
 
 
-def _save(path: str, picks: Sequence[_work.Pick], _: Any, *producers: Any) -> None:
+def _save(path: str, picks: Sequence[_work.Pick], *producers: Any) -> None:
     _files.write_arrays(path, _work.picked(picks, producers))
 
 
@@ -65,7 +65,7 @@ def server(graph: Graph, tree: Any, outs: Sequence[Typed]) -> Any:
     numbers = iter(range(len(values)))
     places = [None if is_placed(x) else next(numbers) for x in outs]
     give = functools.partial(_tree, jax.tree.unflatten(tree, places), picks)
-    start = graph.pipeline | "Result/Start" >> beam.Impulse()
+    start, sides = graph.start("Result", sides)
     return start | "Result/Server" >> beam.Map(give, *sides)
 
 
@@ -74,7 +74,7 @@ def is_placed(x: Typed) -> bool:
     return x.at is not None and not isinstance(x.value, Made)
 
 
-def _tree(places: Any, picks: Sequence[_work.Pick], _: Any, *producers: Any) -> Any:
+def _tree(places: Any, picks: Sequence[_work.Pick], *producers: Any) -> Any:
     values = _work.picked(picks, producers)
     return jax.tree.map(lambda k: np.array(values[k]), places)
 

@@ -441,8 +441,12 @@ def result_of(aval: Any, x: Any) -> Any:
 def _options_of(options: Any) -> PipelineOptions:
     if isinstance(options, PipelineOptions):
         return options
+    if (
+        options is None
+    ):  # The types are ours, and checking them takes a third of a start.
+        return PipelineOptions([], pipeline_type_check=False)
     if not isinstance(options, dict):
-        return PipelineOptions([*(options or ())])
+        return PipelineOptions([*options])
     made = PipelineOptions([], **options)
     unknown = options.keys() - made.get_all_options().keys()
     if unknown:

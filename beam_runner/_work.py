@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -63,6 +63,7 @@ class Work(NamedTuple):
     Args:
       name: of the round, unlike those of others.
       program: StableHLO of a chunk, see `drjax.plan.MapReduce.export`.
+      full: the same of a full chunk, without a mask, which XLA makes faster.
       placement: its name.
       chunk: elements in one.
       n: where the number of elements is.
@@ -70,6 +71,7 @@ class Work(NamedTuple):
       placed: what reads the placed inputs.
       skip: where the positions of elements that are left out are.
       operations, dtypes: how what it reduces is combined, and what it is.
+      levels: in how many levels that is folded.
       outputs: where its placed outputs are written.
       on_bad: 'raise', 'collect' or 'keep'.
       folder: where large values are staged.
@@ -79,6 +81,7 @@ class Work(NamedTuple):
 
     name: str
     program: bytes
+    full: bytes
     placement: str
     chunk: int
     n: Pick
@@ -87,6 +90,7 @@ class Work(NamedTuple):
     skip: Pick
     operations: tuple[str, ...]
     dtypes: tuple[Any, ...]
+    levels: int
     outputs: ChunkFiles
     on_bad: str
     folder: str
@@ -94,30 +98,38 @@ class Work(NamedTuple):
     progress: str | None
 
 
-class Compiled(NamedTuple):
-    """A function of arrays, and the types of its arguments and results."""
+class Program:
+    """A function of arrays, from StableHLO; compiled when it is first called."""
 
-    call: Callable[..., Any]
-    avals: Sequence[Any]
-    out_avals: Sequence[Any]
+    def __init__(self, exported: Any):
+        self.avals, self.out_avals = exported.in_avals, exported.out_avals
+        self._exported, self._lock, self._compiled = exported, threading.Lock(), None
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        with self._lock:  # Threads that need the same one wait for it.
+            if self._compiled is None:
+                start = time.perf_counter()
+                lowered = jax.jit(self._exported.call).lower(*self.avals)
+                self._compiled = lowered.compile()
+                took("compile_ms", start)
+        return self._compiled(*args)
 
 
-_compiling = threading.Lock()
+PROGRAMS = 128  # That are kept in a process.
+_programs: dict[Any, Program] = {}
 
 
-def compiled(program: bytes) -> Compiled:
-    """The function of a stage; compiled once in a process."""
-    with _compiling:  # Threads that need the same one wait for it.
-        return _compiled(program)
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(program: bytes) -> Compiled:
-    start = time.perf_counter()
+@functools.lru_cache(maxsize=PROGRAMS)
+def loaded(program: bytes) -> Program:
+    """The function of a stage, the same one in all of a process."""
     exported = jax.export.deserialize(bytearray(program))
-    call = jax.jit(exported.call).lower(*exported.in_avals).compile()
-    took("compile_ms", start)
-    return Compiled(call, exported.in_avals, exported.out_avals)
+    # Bytes also tell from which lines of code it is: these make no other program.
+    lines = exported.mlir_module().splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("#loc"))
+    key = text, exported.in_avals, exported.out_avals
+    if len(_programs) >= PROGRAMS:
+        _programs.clear()
+    return _programs.setdefault(key, Program(exported))
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -150,7 +162,7 @@ def _picked(pick: Pick, producers: Sequence[Any]) -> np.ndarray:
 
 
 class Serve(beam.DoFn):
-    """A server stage: what it gives, for an element that only starts it."""
+    """A server stage: what it gives, for the first value it reads, or an impulse."""
 
     def __init__(
         self, program: bytes, picks: Sequence[Pick], folder: str, environment: Any
@@ -161,11 +173,11 @@ class Serve(beam.DoFn):
     def setup(self) -> None:
         compare(self.environment)
 
-    def process(self, element: Any, *producers: Any) -> Iterator[Any]:
+    def process(self, element: Any, *sides: Any) -> Iterator[Any]:
         with jax.enable_x64(self.environment.environment.x64):  # It is a thread's.
-            run = compiled(self.program)
+            run, producers = loaded(self.program), (element, *sides)
             inputs = map(from_numpy, picked(self.picks, producers), run.avals)
-            outs = [*map(to_numpy, run.call(*inputs))]
+            outs = [*map(to_numpy, run(*inputs))]
         yield [_files.stage(x, self.folder) for x in outs]
 
 

@@ -17,11 +17,12 @@ import apache_beam as beam
 import jax
 import jax.numpy as jnp
 import numpy as np
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from jax.flatten_util import ravel_pytree
 
 import beam_runner
 import drjax
+from beam_runner._graph import exported_full, exported_round
 from benchmarks.core import Clock, Row, clock, compare
 from drjax.plan import MapReduce, Server
 
@@ -221,11 +222,11 @@ def beam_start(repeats: int) -> Iterator[Row]:
     def export(rounds):
         plan = drjax.make_plan(program(rounds))(np.float32(1), x).recomputed()
         for stage in plan.stages:
-            match stage:
-                case Server():
-                    stage.export()
-                case MapReduce():
-                    stage.export(chunk=8)
+            if isinstance(stage, Server):
+                stage.export()
+            elif isinstance(stage, MapReduce):
+                exported_round(stage, 8)
+                exported_full(stage, 8)
 
     def ours(rounds):
         return beam_runner.run(program(rounds), np.float32(1), x)

@@ -126,6 +126,12 @@ def _select(is_valid: Any, x: Any, otherwise: Any) -> Any:
     return jnp.where(is_valid.reshape(shape), x, otherwise)
 
 
+def export_full_chunk(stage: Any, chunk: int) -> bytes:
+    """The StableHLO of `of_chunk` where all elements are valid."""
+    fn, avals = of_chunk(stage, whole=True), avals_of_chunk(stage, chunk)
+    return _serialized(fn, avals, None)
+
+
 def export_round(
     stage: Any,
     platforms: Sequence[str] | None,
