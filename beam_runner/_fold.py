@@ -1,7 +1,6 @@
 """How partial results are folded: in 64 bits, in the order of their index."""
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,9 +22,9 @@ COMBINE = {
 
 
 def widened(operations: Sequence[str], arrays: Sequence[np.ndarray]) -> Arrays:
-    """Values as they are folded: sums and products in 64 bits."""
+    """Copies of values as they are folded: sums and products in 64 bits."""
     return [
-        x.astype(_wide(x.dtype)) if operation in ("sum", "prod") else x
+        x.astype(_wide(x.dtype) if operation in ("sum", "prod") else x.dtype)
         for operation, x in zip(operations, arrays, strict=True)
     ]
 
@@ -43,9 +42,11 @@ def narrowed(dtypes: Sequence[Any], arrays: Sequence[np.ndarray]) -> Arrays:
         return [x.astype(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
 
 
-def combined(operations: Sequence[str], a: Arrays, b: Arrays) -> Arrays:
+def add(operations: Sequence[str], total: Arrays, more: Sequence[np.ndarray]) -> None:
+    """Combines a total, which is widened and is changed, with more."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return [COMBINE[op](x, y) for op, x, y in zip(operations, a, b, strict=True)]
+        for operation, x, y in zip(operations, total, more, strict=True):
+            COMBINE[operation](x, y, out=x)
 
 
 def is_finite(operation: str, x: np.ndarray) -> bool:
@@ -124,10 +125,13 @@ def _total(operations: Sequence[str], group: Any) -> Any:
     loaded: Iterator[Arrays] = (
         [*map(_files.load, part)] for part in parts if part is not None
     )
-    first = list(itertools.islice(loaded, 1))
-    if not first:
-        return None
-    return functools.reduce(functools.partial(combined, operations), loaded, first[0])
+    total = None
+    for part in loaded:
+        if total is None:
+            total = [np.array(x) for x in part]
+        else:
+            add(operations, total, part)
+    return total
 
 
 def _finished(

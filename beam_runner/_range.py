@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -68,11 +68,10 @@ class RunRange(beam.DoFn):
 
 
 class Started(NamedTuple):
-    """A chunk that runs: the positions of its elements, their rows, its results."""
+    """A chunk that runs: the positions of its elements, and its results."""
 
     chunk: int
     positions: np.ndarray
-    rows: Arrays
     outs: Sequence[Any]
 
 
@@ -95,11 +94,9 @@ class Chunks:
         self.count = 0
 
     def start(self, chunk: int) -> Started:
-        low = chunk * self.work.chunk
-        high = min(low + self.work.chunk, self.n)
-        positions, rows = self.read(low, high)
+        positions, rows = self.read(chunk, self.failed)
         outs = self.call(positions, rows) if len(positions) else []
-        return Started(chunk, positions, rows, outs)
+        return Started(chunk, positions, outs)
 
     def call(self, positions: np.ndarray, rows: Arrays) -> Sequence[Any]:
         """Starts the program for some elements, fewer than a chunk has perhaps."""
@@ -109,7 +106,8 @@ class Chunks:
             inputs = [
                 np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in inputs
             ]
-        index, *placed = inputs
+        # Copies, for a source may use its arrays again while a chunk is computed.
+        index, *placed = jax.device_put(inputs, may_alias=False)
         avals = self.program.avals[2 + len(self.server) :]
         placed = map(from_numpy, placed, avals)
         if not missing:
@@ -117,25 +115,25 @@ class Chunks:
         return self.program(np.int32(count), index, *self.on_device, *placed)
 
     def finish(self, started: Started) -> None:
-        positions, rows, parts = started.positions, started.rows, self.parts
-        outs = [*map(to_numpy, started.outs)]
+        positions, outs = started.positions, [*map(to_numpy, started.outs)]
         if self.work.on_bad != "keep" and len(positions):
-            is_bad = self.are_bad(positions, rows, outs)
-            for i in positions[is_bad]:
-                self.failed(int(i), None)
+            is_bad = self.are_bad(started, outs)
             if is_bad.any():
-                positions, rows = positions[~is_bad], [x[~is_bad] for x in rows]
-                outs = []
+                for i in positions[is_bad]:
+                    self.failed(int(i), None)
+                positions, outs = positions[~is_bad], []
                 if len(positions):
+                    rows = [x[~is_bad] for x in self.read_again(started.chunk)]
                     outs = [*map(to_numpy, self.call(positions, rows))]
         if self.work.outputs.dtypes:
-            self.write(started.chunk, positions, outs[parts:])
+            self.write(started.chunk, positions, outs[self.parts :])
         if len(positions):
             self.count += len(positions)
-            reduced = _fold.widened(self.work.operations, outs[:parts])
-            if self.total is not None:
-                reduced = _fold.combined(self.work.operations, self.total, reduced)
-            self.total = reduced
+            operations, reduced = self.work.operations, outs[: self.parts]
+            if self.total is None:
+                self.total = _fold.widened(operations, reduced)
+            else:
+                _fold.add(operations, self.total, reduced)
 
     @property
     def parts(self) -> int:
@@ -153,8 +151,15 @@ class Chunks:
             outs = whole
         self.work.outputs.write(chunk, [x[:size] for x in outs])
 
-    def read(self, low: int, high: int) -> tuple[np.ndarray, Arrays]:
+    def read_again(self, chunk: int) -> Arrays:
+        return self.read(chunk, lambda i, error: None)[1]
+
+    def read(
+        self, chunk: int, failed: Callable[[int, Exception], None]
+    ) -> tuple[np.ndarray, Arrays]:
         """The rows of all placed inputs, of the elements for which all can be read."""
+        low = chunk * self.work.chunk
+        high = min(low + self.work.chunk, self.n)
         wanted = np.arange(low, high, dtype=np.int32)
         if self.skip.size:
             wanted = np.setdiff1d(wanted, self.skip, assume_unique=True)
@@ -165,7 +170,7 @@ class Chunks:
                 leaves = [np.moveaxis(x, rows.leaves[0], 0)[wanted]]
                 taken: tuple[int, ...] = (0,)
             else:
-                wanted, leaves = read_good(rows.reader, low, high, wanted, self.failed)
+                wanted, leaves = read_good(rows.reader, low, high, wanted, failed)
                 taken = rows.leaves
             groups.append((wanted, leaves, taken, rows.inputs))
         if not len(wanted):
@@ -204,14 +209,16 @@ class Chunks:
             ) from error
         self.bad.append((i, why))
 
-    def are_bad(self, positions: np.ndarray, rows: Arrays, outs: Arrays) -> np.ndarray:
-        """Which of the elements give something that is not finite."""
+    def are_bad(self, started: Started, outs: Arrays) -> np.ndarray:
+        """Which of the elements of a chunk give something that is not finite."""
+        positions = started.positions
         is_bad = np.zeros(len(positions), bool)
         for x in outs[self.parts :]:
             if x.dtype.kind not in "biu":
                 is_bad |= ~_finite_rows(x[: len(positions)])
         if self.is_finite(outs):
             return is_bad
+        rows = self.read_again(started.chunk)
         halves = [np.arange(len(positions))]
         while halves:  # To look for those that are bad takes few more runs.
             some = halves.pop()

@@ -18,7 +18,8 @@ class Source(Protocol):
     """A placed argument whose elements workers read.
 
     A source is pickled and sent to the workers, so it should hold where data are, and
-    not data. Reading the same elements gives the same arrays.
+    not data. Reading the same elements gives the same arrays, or the same array with
+    other values: what is read is copied before more is.
 
     Example:
       >>> import numpy as np
@@ -107,11 +108,7 @@ class SourceReader:
                 "and give a mask."
             )
         name = f"{type(self.source).__name__}.read({low}, {high})"
-        # Copies: a source may use its arrays again while a chunk is computed.
-        return [
-            cast(name, x, t.dtype, copy=True)
-            for x, t in zip(leaves, types, strict=True)
-        ]
+        return [cast(name, x, t.dtype) for x, t in zip(leaves, types, strict=True)]
 
 
 class SourceError(TypeError):
@@ -126,7 +123,7 @@ def described(tree: Any) -> str:
     return str(jax.tree.map(name, tree))
 
 
-def cast(what: str, x: np.ndarray, dtype: Any, copy: bool = False) -> np.ndarray:
+def cast(what: str, x: np.ndarray, dtype: Any) -> np.ndarray:
     """An array in another dtype of its kind, which it must fit into.
 
     Raises:
@@ -134,7 +131,7 @@ def cast(what: str, x: np.ndarray, dtype: Any, copy: bool = False) -> np.ndarray
       ValueError: if an integer is too large for it.
     """
     if x.dtype == dtype:
-        return np.array(x) if copy else x
+        return x
     if not np.can_cast(x.dtype, dtype, "same_kind"):
         raise SourceError(
             f"beam_runner: {what} gives {x.dtype}, which does not go into {dtype}, the "
