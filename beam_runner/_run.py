@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from beam_runner._graph import (
     typed,
 )
 from beam_runner._sources import Whole, reader_of_array
-from drjax import make_plan
+from drjax import _mesh, make_plan
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While, reads_of
 
 
@@ -217,9 +218,17 @@ class Session:
 def plan_of(program: Callable[..., Any], args: Sequence[Any]) -> tuple[Plan, list[Any]]:
     """A plan that recomputes, and the arguments leaf by leaf."""
     values = values_of(args)
-    plan = make_plan(program)(*values.structs).recomputed()
+    with _mesh.without_explicit_axes():  # As `make_plan` does.
+        jaxpr = jax.jit(program).trace(*values.structs).jaxpr
+    if jaxpr not in _plans:
+        _plans[jaxpr] = make_plan(program)(*values.structs).recomputed()
+    plan = _plans[jaxpr]
     check_sources(plan, values.leaves)
     return plan, values.leaves
+
+
+# By jaxpr, so that a plan is made anew when JAX would trace anew.
+_plans: weakref.WeakKeyDictionary[Any, Plan] = weakref.WeakKeyDictionary()
 
 
 class Run:

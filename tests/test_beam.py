@@ -22,7 +22,8 @@ from apache_beam.pipeline import PipelineVisitor
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import FixedWindows
-from helpers import assert_close
+from helpers import assert_close, every, gradient, of_floats
+from programs import PROGRAMS
 
 import beam_runner
 import drjax
@@ -855,6 +856,20 @@ def test_processes_compute_the_same_bits(tmp_path, devices):
     )
     assert "same bits" in done.stdout, done.stderr[-3000:]
     assert "numeric environment" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["extremes", "fedavg", "key_for_each_client"])
+@pytest.mark.parametrize("how", ["itself", "gradient"])
+def test_programs_of_the_table_in_processes(name, how):
+    (case,) = (case for case in PROGRAMS if str(case) == name)
+    fn, xs = of_floats(case.run, case.args)
+    fn = gradient(fn, every(xs)) if how == "gradient" else fn
+    modes = {"direct_running_mode": "multi_processing", "direct_num_workers": 2}
+    run = functools.partial(beam_runner.run, fn, *xs, chunk_size=2, on_bad="keep")
+    got = run(options=modes)
+    assert_close(got, jax.jit(fn)(*xs))
+    assert same_bits(got, run())
 
 
 #
