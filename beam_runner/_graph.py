@@ -161,19 +161,17 @@ class Graph:
         name, settings = self.label(name), self.settings
         picks, sides = self.picks(values)
         serve = _work.Serve(program, picks, settings.folder, settings.environment)
-        start, sides = self.start(name, sides)
-        producer = start | f"{name}/Run" >> beam.ParDo(serve, *sides)
+        producer = self.start(name) | f"{name}/Run" >> beam.ParDo(serve, *sides)
         return [Made(producer, k) for k in range(count)]
 
-    def start(self, name: str, sides: list[Any]) -> tuple[Any, list[Any]]:
-        """What a step that runs once is applied to, and its other side inputs.
+    def start(self, name: str) -> Any:
+        """What a step that runs once is applied to.
 
-        That is the first value it reads, if the pipeline makes one: a runner fuses the
-        step with what makes it, and has no side input to gather.
+        Not what another step gives: that is a side input only. Where a PCollection is
+        a side input and what a step is applied to, Beam's FnApiRunner may take steps in
+        a wrong order, by the order of a set.
         """
-        if sides and isinstance(sides[0], pvalue.AsSingleton):
-            return sides[0].pvalue, sides[1:]
-        return self.pipeline | f"{name}/Start" >> beam.Impulse(), sides
+        return self.pipeline | f"{name}/Start" >> beam.Impulse()
 
     def _add_round(self, plan: Plan, stage: MapReduce, env: dict[int, Any]) -> None:
         settings, name = self.settings, self.label(f"Round over {stage.placement}")
@@ -220,12 +218,11 @@ class Graph:
             environment=settings.environment,
             progress=settings.progress,
         )
-        if pieces is not None:
-            self.ranges += len(pieces)
-            start, of = self.pipeline | f"{name}/Start" >> beam.Impulse(), pieces
-        else:
-            start, of = elements.n.producer, chunk
-        todo = start | f"{name}/Ranges" >> beam.FlatMap(_ranges_of, of)
+        self.ranges += len(pieces or ())
+        count = [] if is_known else [pvalue.AsSingleton(elements.n.producer)]
+        todo = self.start(name) | f"{name}/Ranges" >> beam.FlatMap(
+            _ranges_of, chunk if pieces is None else pieces, *count
+        )
         if pieces is None or len(pieces) > 1:
             todo |= f"{name}/Spread" >> beam.Reshuffle()
         run = beam.ParDo(RunRange(work), *sides, *waits)
@@ -367,9 +364,9 @@ def ranges(n: int, chunk: int) -> list[tuple[int, int, int]]:
     return [(k, low, min(low + each, chunks)) for k, low in enumerate(lows)]
 
 
-def _ranges_of(sizes: Any, of: Any) -> list[tuple[int, int, int]]:
+def _ranges_of(_: Any, of: Any, *sizes: Any) -> list[tuple[int, int, int]]:
     """Ranges that are known; or, by the size of a chunk, those of a size."""
-    return of if isinstance(of, list) else ranges(int(sizes[0]), of)
+    return of if isinstance(of, list) else ranges(int(sizes[0][0]), of)
 
 
 def as_sent(aval: Any) -> Any:

@@ -28,7 +28,7 @@ def save(graph: Graph, values: Sequence[Typed]) -> Saved:
         _files.join(folder, "values"), _files.join(folder, "bad") if graph.bad else None
     )
     picks, sides = graph.picks(values)
-    start, sides = graph.start("Results", sides)
+    start = graph.start("Results")
     write = functools.partial(_save, saved.values, picks)
     _ = start | "Results/Save" >> beam.Map(write, *sides)
     if saved.bad is not None:
@@ -37,7 +37,7 @@ def save(graph: Graph, values: Sequence[Typed]) -> Saved:
     return saved
 
 
-def _save(path: str, picks: Sequence[_work.Pick], *producers: Any) -> None:
+def _save(path: str, picks: Sequence[_work.Pick], _: Any, *producers: Any) -> None:
     _files.write_arrays(path, _work.picked(picks, producers))
 
 
@@ -65,7 +65,7 @@ def server(graph: Graph, tree: Any, outs: Sequence[Typed]) -> Any:
     numbers = iter(range(len(values)))
     places = [None if is_placed(x) else next(numbers) for x in outs]
     give = functools.partial(_tree, jax.tree.unflatten(tree, places), picks)
-    start, sides = graph.start("Result", sides)
+    start = graph.start("Result")
     return start | "Result/Server" >> beam.Map(give, *sides)
 
 
@@ -74,7 +74,7 @@ def is_placed(x: Typed) -> bool:
     return x.at is not None and not isinstance(x.value, Made)
 
 
-def _tree(places: Any, picks: Sequence[_work.Pick], *producers: Any) -> Any:
+def _tree(places: Any, picks: Sequence[_work.Pick], _: Any, *producers: Any) -> Any:
     values = _work.picked(picks, producers)
     return jax.tree.map(lambda k: np.array(values[k]), places)
 
@@ -106,10 +106,8 @@ def placed(graph: Graph, tree: Any, outs: Sequence[Typed], elements: Elements) -
     (skip,), sides = graph.picks([Typed(taking.skip, None, None)])
     give = _GiveRows(skeleton, readers, skip)
     sides += [pvalue.AsIter(x) for x in dict.fromkeys(waits)]
-    if isinstance(taking.n, Made):
-        pieces = taking.n.producer | "Result/Ranges" >> beam.FlatMap(_pieces_of)
-    else:
-        pieces = graph.pipeline | "Result/Ranges" >> beam.Create(_pieces(key[1]))
+    (n,), count = graph.picks([Typed(taking.n, None, None)])
+    pieces = graph.start("Placed") | "Result/Ranges" >> beam.ParDo(_Pieces(n), *count)
     return (
         pieces
         | "Result/Spread" >> beam.Reshuffle()
@@ -120,13 +118,17 @@ def placed(graph: Graph, tree: Any, outs: Sequence[Typed], elements: Elements) -
 ROWS = 256  # That are read at once.
 
 
-def _pieces(n: int) -> list[tuple[int, int]]:
-    each = ROWS * max(1, -(-n // (ROWS * 1024)))
-    return [(low, min(low + each, n)) for low in range(0, n, each)]
+class _Pieces(beam.DoFn):
+    """An element that only starts it, to pieces of all elements."""
 
+    def __init__(self, n: _work.Pick):
+        self.n = n
 
-def _pieces_of(counts: Sequence[Any]) -> list[tuple[int, int]]:
-    return _pieces(int(counts[0]))
+    def process(self, element: Any, *producers: Any) -> Iterator[tuple[int, int]]:
+        n = int(_work.picked([self.n], producers)[0])
+        each = ROWS * max(1, -(-n // (ROWS * 1024)))
+        for low in range(0, n, each):
+            yield low, min(low + each, n)
 
 
 class _GiveRows(beam.DoFn):

@@ -304,9 +304,10 @@ def _is_found_in_time(plan: Plan) -> bool:
 def _without(bad: Any, plan: Plan, elements: Elements, label: str) -> Elements:
     """The elements without the bad ones."""
     result = {}
+    listed = bad | f"List bad{label}" >> beam.combiners.ToList()
     for key in plan.placements:
         taking = elements.get(key, all_of(key[1]))
-        sides: list[Any] = [pvalue.AsList(bad)]
+        sides: list[Any] = [pvalue.AsSingleton(listed)]
         n: Any = taking.n
         if isinstance(n, Made):
             sides.append(pvalue.AsSingleton(n.producer))

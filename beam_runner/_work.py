@@ -162,7 +162,7 @@ def _picked(pick: Pick, producers: Sequence[Any]) -> np.ndarray:
 
 
 class Serve(beam.DoFn):
-    """A server stage: what it gives, for the first value it reads, or an impulse."""
+    """A server stage: what it gives, for an element that only starts it."""
 
     def __init__(
         self, program: bytes, picks: Sequence[Pick], folder: str, environment: Any
@@ -173,9 +173,9 @@ class Serve(beam.DoFn):
     def setup(self) -> None:
         compare(self.environment)
 
-    def process(self, element: Any, *sides: Any) -> Iterator[Any]:
+    def process(self, element: Any, *producers: Any) -> Iterator[Any]:
         with jax.enable_x64(self.environment.environment.x64):  # It is a thread's.
-            run, producers = loaded(self.program), (element, *sides)
+            run = loaded(self.program)
             inputs = map(from_numpy, picked(self.picks, producers), run.avals)
             outs = [*map(to_numpy, run(*inputs))]
         yield [_files.stage(x, self.folder) for x in outs]

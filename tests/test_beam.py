@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from apache_beam.internal import cloudpickle
 from apache_beam.pipeline import PipelineVisitor
+from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import FixedWindows
@@ -536,6 +537,35 @@ def test_labels_are_those_of_the_program_and_stable():
     assert names == labels()
     assert len({*names}) == len(names)
     assert any("Round over rows (2)" in name for name in names)
+
+
+@pytest.mark.parametrize("on_bad", ["raise", "collect"])
+@pytest.mark.parametrize("any_number", [False, True])
+def test_no_collection_is_both_a_side_input_and_what_a_step_is_applied_to(
+    on_bad, any_number
+):
+    """Beam's FnApiRunner would take steps in a wrong order, in some runs."""
+
+    def two_rounds(w, x):
+        return loss(w - jax.grad(loss)(w, x), x), doubled(x)
+
+    doubled = program(lambda x: drjax.map_fn(lambda x: 2 * x, x))
+    transform = beam_runner.MapReduce(
+        two_rounds, W, struct(X), on_bad=on_bad, any_number=any_number
+    )
+    pipeline = beam.Pipeline(runner=FnApiRunner())
+    _ = pipeline | beam.Create(indexed(X)) | transform
+    main, side = set(), set()
+    proto: Any = pipeline.to_runner_api()
+    for node in proto.components.transforms.values():
+        if node.spec.urn == "beam:transform:pardo:v1":
+            payload = beam_runner_api_pb2.ParDoPayload.FromString(node.spec.payload)
+            for tag, collection in node.inputs.items():
+                (side if tag in payload.side_inputs else main).add(collection)
+        elif not node.subtransforms:
+            main.update(node.inputs.values())
+    assert len(side) > 3
+    assert not main & side
 
 
 def test_resource_hints_reach_the_work():
