@@ -116,6 +116,7 @@ def fetch(folder: pathlib.Path) -> None:
         FileNotFoundError: If Maven is not installed.
         RuntimeError: If Maven fails, or leaves out what was asked for.
     """
+    folder = folder.resolve()  # Maven takes a path from where the project is.
     if (folder / "lib").exists():
         return
     maven = _program("mvn")
