@@ -1,11 +1,14 @@
 """Arguments as values of a graph: arrays, and what reads those that are placed."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from apache_beam import pvalue
+from apache_beam.transforms.window import GlobalWindows
 
 from beam_runner._graph import Placed
 from beam_runner._sources import SourceReader, check_source, is_source, structs_of
@@ -74,3 +77,120 @@ def check_sources(plan: Plan, leaves: Sequence[Any]) -> None:
                 f"not use as placed along axis 0; it is {plan.avals[i]}. Sources are "
                 "placed arguments, [n, ...]; give others as arrays."
             )
+
+
+#
+# Of a transform: which of them arrive in a PCollection.
+#
+class Chunks(NamedTuple):
+    """A placed argument that arrives as ready chunks, `(first index, arrays)`.
+
+    Args:
+      structs: the types of the placed value, a tree of `[n, ...]`.
+      size: elements in a chunk; only the last one may have fewer.
+    """
+
+    structs: Any
+    size: int
+
+
+class Argument(NamedTuple):
+    """An argument: its types, and its values leaf by leaf, unless it arrives.
+
+    `size` is that of ready chunks.
+    """
+
+    name: str
+    structs: Any
+    leaves: list[Any]
+    arrives: bool
+    size: int | None = None
+
+
+def argument_of(k: int, arg: Any) -> Argument:
+    name = f"argument {k}"
+    size = arg.size if isinstance(arg, Chunks) else None
+    structs = arg.structs if isinstance(arg, Chunks) else arg
+    leaves = jax.tree.leaves(structs)
+    is_struct = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
+    if leaves and all(is_struct):
+        return Argument(name, structs, leaves, True, size)
+    if any(is_struct) or isinstance(arg, Chunks):
+        raise TypeError(
+            f"beam_runner.MapReduce: {name} is neither all values nor all "
+            "jax.ShapeDtypeStruct, which stand for what arrives in a PCollection."
+        )
+    values = values_of([arg])
+    # Copies of arrays, for it runs later.
+    leaves = [np.array(x) if type(x) is np.ndarray else x for x in values.leaves]
+    return Argument(name, values.structs[0], leaves, False)
+
+
+def check_uses(plan: Plan, arguments: Sequence[Argument], any_number: bool) -> None:
+    """Checks that arguments which arrive are placed as a whole, or not at all."""
+    numbers = iter(plan.inputs)
+    arriving, known = set[tuple[str, int]](), set[tuple[str, int]]()
+    for argument in arguments:
+        inputs = [*itertools.islice(numbers, len(argument.leaves))]
+        ats = {plan.at.get(i) for i in inputs if i in read_of(plan)}
+        if argument.arrives and len(ats) > 1:
+            raise TypeError(
+                f"beam_runner.MapReduce: {argument.name} is placed in part only, or "
+                "over several placements. Give its parts as arguments of their own."
+            )
+        if argument.size is not None and None in ats:
+            raise TypeError(
+                f"beam_runner.MapReduce: {argument.name} comes as beam_runner.Chunks, "
+                "but the program does not use it as a placed value."
+            )
+        keys = {at[:2] for at in ats if at is not None}
+        if argument.arrives:
+            arriving |= keys
+        else:
+            known |= keys
+    if not any_number:
+        return
+    for placement, n in plan.placements:
+        reason = None
+        if placement not in plan.size_free:
+            reason = f"its plan depends on how many {placement!r} there are"
+        elif (placement, n) in known or (placement, n) not in arriving:
+            reason = (
+                f"not all that is placed over {placement!r} arrives in PCollections"
+            )
+        if reason:
+            raise ValueError(
+                f"beam_runner.MapReduce: any_number=True is not possible, for {reason}."
+            )
+
+
+def collections_of(given: Any, arriving: Sequence[Argument]) -> list[Any]:
+    """The PCollections of the arguments that arrive, checked."""
+    match given:
+        case pvalue.PCollection():
+            collections = [given]
+        case tuple() | list():
+            collections = [*given]
+        case dict():
+            raise TypeError(
+                "beam_runner.MapReduce: give the PCollections as a tuple, in the order "
+                "of the arguments; names say nothing here."
+            )
+        case _:
+            collections = []
+    if len(collections) != len(arriving):
+        names = ", ".join(x.name for x in arriving) or "none"
+        raise TypeError(
+            f"beam_runner.MapReduce: it is applied to {len(collections)} PCollections, "
+            f"but of its arguments these arrive in one, in this order: {names}."
+        )
+    for x, argument in zip(collections, arriving, strict=True):
+        is_global = isinstance(x.windowing.windowfn, GlobalWindows)
+        if not x.is_bounded or not is_global:
+            kind = "unbounded" if not x.is_bounded else "not in the global window"
+            raise ValueError(
+                f"beam_runner.MapReduce: the PCollection of {argument.name} is {kind}. "
+                "A program reduces over all elements, so they must end: put bounded "
+                "data through beam.WindowInto(GlobalWindows())."
+            )
+    return collections

@@ -23,7 +23,7 @@ ADVICE = (
 
 
 class Gather(beam.PTransform):
-    """Writes `(index, tree)` to files of `size` elements; gives `[number of them]`.
+    """Writes what arrives to files of chunks; gives `[number of elements]`.
 
     Duplicates and gaps are errors.
 
@@ -32,39 +32,34 @@ class Gather(beam.PTransform):
       structs: the types of the placed value, a tree of `[n, ...]`.
       n: how many elements there are; None, as many as arrive.
       files: where they are written.
+      are_chunks: whether `(first index, arrays)` arrive, which are chunks, rather than
+        `(index, tree)`, which are elements.
     """
 
-    def __init__(self, what: str, structs: Any, n: int | None, files: ChunkFiles):
+    def __init__(
+        self,
+        what: str,
+        structs: Any,
+        n: int | None,
+        files: ChunkFiles,
+        are_chunks: bool,
+    ):
         super().__init__()
-        self.what, self.structs, self.n, self.files = what, structs, n, files
+        self.arguments, self.are_chunks = (what, structs, n, files), are_chunks
 
     def expand(self, input_or_inputs: Any) -> Any:
-        arguments = self.what, self.structs, self.n, self.files
-        return (
-            input_or_inputs
-            | "By chunk" >> beam.Map(functools.partial(_by_chunk, *arguments))
-            | "Gather" >> beam.GroupByKey()
-            | "Write" >> beam.MapTuple(functools.partial(_write_group, *arguments))
-            | "Count" >> beam.combiners.ToList()
-            | "Check" >> beam.Map(functools.partial(_check_counts, *arguments))
-        )
-
-
-class Keep(beam.PTransform):
-    """Writes ready chunks, `(first index, arrays)`; gives `[number of elements]`."""
-
-    def __init__(self, what: str, structs: Any, n: int | None, files: ChunkFiles):
-        super().__init__()
-        self.what, self.structs, self.n, self.files = what, structs, n, files
-
-    def expand(self, input_or_inputs: Any) -> Any:
-        arguments = self.what, self.structs, self.n, self.files
-        return (
-            input_or_inputs
-            | "Write" >> beam.Map(functools.partial(_write_ready, *arguments))
-            | "Count" >> beam.combiners.ToList()
-            | "Check" >> beam.Map(functools.partial(_check_counts, *arguments))
-        )
+        arguments, arriving = self.arguments, input_or_inputs
+        if self.are_chunks:
+            write = functools.partial(_write_ready, *arguments)
+            written = arriving | "Write" >> beam.Map(write)
+        else:
+            by_chunk = functools.partial(_by_chunk, *arguments)
+            write = functools.partial(_write_group, *arguments)
+            gathered = arriving | "By chunk" >> beam.Map(by_chunk) | beam.GroupByKey()
+            written = gathered | "Write" >> beam.MapTuple(write)
+        check = functools.partial(_check_counts, *arguments)
+        counts = written | "Count" >> beam.combiners.ToList()
+        return counts | "Check" >> beam.Map(check)
 
 
 def file_size(structs: Any, n: int) -> int:

@@ -15,7 +15,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from beam_runner import _files, _work
 from beam_runner._graph import Placed, as_sent
-from beam_runner._run import Bad, Session, plan_of, result_of
+from beam_runner._interpret import Bad, Session, plan_of, result_of
 from drjax.plan import Plan
 
 # By placement and its number of elements: which are bad, and why.

@@ -9,15 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-import jax
 import numpy as np
 from apache_beam import pvalue
 from apache_beam.options.pipeline_options import GoogleCloudOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-from apache_beam.transforms.window import GlobalWindows
 
 from beam_runner import _environment, _files, _gather, _results, _runners, _work
-from beam_runner._arguments import check_sources, read_of, values_of
+from beam_runner._arguments import (
+    argument_of,
+    check_sources,
+    check_uses,
+    collections_of,
+    read_of,
+)
 from beam_runner._graph import (
     Elements,
     Graph,
@@ -53,18 +57,6 @@ class Result(NamedTuple):
     server: Any
     placed: Any
     bad: Any
-
-
-class Chunks(NamedTuple):
-    """A placed argument that arrives as ready chunks, `(first index, arrays)`.
-
-    Args:
-      structs: the types of the placed value, a tree of `[n, ...]`.
-      size: elements in a chunk; only the last one may have fewer.
-    """
-
-    structs: Any
-    size: int
 
 
 class MapReduce(beam.PTransform):
@@ -134,16 +126,16 @@ class MapReduce(beam.PTransform):
         check_on_bad(on_bad)
         self.chunk_size, self.on_bad = checked_chunk_size(chunk_size), on_bad
         self.temp_location, self.any_number = temp_location, any_number
-        self.arguments = [_argument(k, arg) for k, arg in enumerate(args, 1)]
+        self.arguments = [argument_of(k, arg) for k, arg in enumerate(args, 1)]
         structs = [argument.structs for argument in self.arguments]
         self.plan = make_plan(program)(*structs).recomputed()
         leaves = [leaf for argument in self.arguments for leaf in argument.leaves]
         check_sources(self.plan, leaves)
-        _check_uses(self.plan, self.arguments, any_number)
+        check_uses(self.plan, self.arguments, any_number)
 
     def expand(self, input_or_inputs: Any) -> Any:
         arriving = [x for x in self.arguments if x.arrives]
-        collections = _collections_of(input_or_inputs, arriving)
+        collections = collections_of(input_or_inputs, arriving)
         pipeline = (
             input_or_inputs.pipeline if not collections else collections[0].pipeline
         )
@@ -243,8 +235,8 @@ class MapReduce(beam.PTransform):
             )
             _files.make_folder(files.folder)
             n = None if self.any_number else at.n
-            kind = _gather.Keep if argument.size else _gather.Gather
-            gather = kind(name, argument.structs, n, files)
+            are_chunks = argument.size is not None
+            gather = _gather.Gather(name, argument.structs, n, files, are_chunks)
             arrived = collection | name.capitalize() >> gather
             if n is None:
                 key = at.placement, at.n
@@ -348,105 +340,3 @@ def _same_count(name: str, mine: Sequence[Any], first: Sequence[Any]) -> Any:
             f"{first[0]} of another argument of this placement."
         )
     return mine
-
-
-class _Argument(NamedTuple):
-    """An argument: its types, and its values leaf by leaf, unless it arrives.
-
-    `size` is that of ready chunks.
-    """
-
-    name: str
-    structs: Any
-    leaves: list[Any]
-    arrives: bool
-    size: int | None = None
-
-
-def _argument(k: int, arg: Any) -> _Argument:
-    name = f"argument {k}"
-    size = arg.size if isinstance(arg, Chunks) else None
-    structs = arg.structs if isinstance(arg, Chunks) else arg
-    leaves = jax.tree.leaves(structs)
-    is_struct = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
-    if leaves and all(is_struct):
-        return _Argument(name, structs, leaves, True, size)
-    if any(is_struct) or isinstance(arg, Chunks):
-        raise TypeError(
-            f"beam_runner.MapReduce: {name} is neither all values nor all "
-            "jax.ShapeDtypeStruct, which stand for what arrives in a PCollection."
-        )
-    values = values_of([arg])
-    # Copies of arrays, for it runs later.
-    leaves = [np.array(x) if type(x) is np.ndarray else x for x in values.leaves]
-    return _Argument(name, values.structs[0], leaves, False)
-
-
-def _check_uses(plan: Plan, arguments: Sequence[_Argument], any_number: bool) -> None:
-    """Checks that arguments which arrive are placed as a whole, or not at all."""
-    numbers = iter(plan.inputs)
-    arriving, known = set[tuple[str, int]](), set[tuple[str, int]]()
-    for argument in arguments:
-        inputs = [*itertools.islice(numbers, len(argument.leaves))]
-        ats = {plan.at.get(i) for i in inputs if i in read_of(plan)}
-        if argument.arrives and len(ats) > 1:
-            raise TypeError(
-                f"beam_runner.MapReduce: {argument.name} is placed in part only, or "
-                "over several placements. Give its parts as arguments of their own."
-            )
-        if argument.size is not None and None in ats:
-            raise TypeError(
-                f"beam_runner.MapReduce: {argument.name} comes as beam_runner.Chunks, "
-                "but the program does not use it as a placed value."
-            )
-        keys = {at[:2] for at in ats if at is not None}
-        if argument.arrives:
-            arriving |= keys
-        else:
-            known |= keys
-    if not any_number:
-        return
-    for placement, n in plan.placements:
-        reason = None
-        if placement not in plan.size_free:
-            reason = f"its plan depends on how many {placement!r} there are"
-        elif (placement, n) in known or (placement, n) not in arriving:
-            reason = (
-                f"not all that is placed over {placement!r} arrives in PCollections"
-            )
-        if reason:
-            raise ValueError(
-                f"beam_runner.MapReduce: any_number=True is not possible, for {reason}."
-            )
-
-
-def _collections_of(given: Any, arriving: Sequence[_Argument]) -> list[Any]:
-    """The PCollections of the arguments that arrive, checked."""
-    match given:
-        case pvalue.PCollection():
-            collections = [given]
-        case tuple() | list():
-            collections = [*given]
-        case dict():
-            raise TypeError(
-                "beam_runner.MapReduce: give the PCollections as a tuple, in the order "
-                "of the arguments; names say nothing here."
-            )
-        case _:
-            collections = []
-    if len(collections) != len(arriving):
-        names = ", ".join(x.name for x in arriving) or "none"
-        raise TypeError(
-            f"beam_runner.MapReduce: it is applied to {len(collections)} PCollections, "
-            f"but of its arguments these arrive in one, in this order: {names}."
-        )
-    for x, argument in zip(collections, arriving, strict=True):
-        is_global = isinstance(x.windowing.windowfn, GlobalWindows)
-        if not x.is_bounded or not is_global:
-            kind = "unbounded" if not x.is_bounded else "not in the global window"
-            raise ValueError(
-                f"beam_runner.MapReduce: the PCollection of {argument.name} is {kind}. "
-                "A program reduces over all elements, so they must end: put bounded "
-                "data through beam.WindowInto(GlobalWindows())."
-            )
-    return collections

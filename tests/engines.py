@@ -8,7 +8,7 @@ import pytest
 
 import drjax
 from beam_runner._arguments import values_of
-from beam_runner._run import Session
+from beam_runner._interpret import Session
 from drjax._export import OPERATIONS
 from drjax._reference import _run_server, interpret
 from drjax._streaming import Engine
