@@ -33,6 +33,7 @@ from beam_runner._graph import (
     as_sent,
     check_on_bad,
     checked_chunk_size,
+    exported_server,
     first_values,
     typed,
 )
@@ -224,12 +225,8 @@ class Run:
                 write(stage.carry, carry)
             case Branch():
                 last = len(stage.branches) - 1
-                branch = stage.branches[
-                    min(
-                        max(int(self.whole(plan, stage.index, env[stage.index])), 0),
-                        last,
-                    )
-                ]
+                index = int(self.whole(plan, stage.index, env[stage.index]))
+                branch = stage.branches[min(max(index, 0), last)]
                 operands = [env[i] for i in stage.operands]
                 write(stage.results, self.plan(branch, operands))
 
@@ -244,8 +241,13 @@ class Run:
         later: Sequence[Any],
         env: dict[int, Any],
     ) -> None:
-        """Runs stages in one pipeline; what later ones read is in `env` then."""
-        if not stages:
+        """Runs stages in one pipeline; what later ones read is in `env` then.
+
+        What is the server's alone is run here: as conditions of loops.
+        """
+        if all(isinstance(stage, Server) for stage in stages):
+            for stage in stages:
+                self.serve(plan, stage, env)
             return
         self.pipelines += 1
         session = self.session
@@ -279,12 +281,19 @@ class Run:
         values = _files.read_arrays(saved.values, dtypes)
         env.update(zip(made, values, strict=True))
         placed = [i for i in read if isinstance(inner.get(i), Placed)]
-        is_written = any(inner[i].after is not None for i in placed)
-        env.update((i, Placed(inner[i].reader, inner[i].leaf)) for i in placed)
-        if is_written:
+        written = [i for i in placed if inner[i].after is not None]
+        env.update((i, Placed(inner[i].reader, inner[i].leaf)) for i in written)
+        if written:
             self.folders.append(own)
         else:
             _files.remove(own)
+
+    def serve(self, plan: Plan, stage: Server, env: dict[int, Any]) -> None:
+        program = _work.loaded(exported_server(stage))
+        values = (self.whole(plan, i, env[i]) for i in stage.inputs)
+        inputs = map(_work.from_numpy, values, program.avals)
+        outs = map(_work.to_numpy, program(*inputs))
+        env.update(zip(stage.outputs, outs, strict=True))
 
     def leave_out(self, found: Sequence[Any]) -> None:
         """Notes bad elements; raises `_Again` if there are some.

@@ -364,6 +364,37 @@ def test_large_server_values_and_reductions():
     assert_close(beam_runner.run(scaled, big, x, chunk_size=1), jax.jit(scaled)(big, x))
 
 
+def test_large_placed_values_around_loops():
+    """Each pipeline's files go when it ends; values that are needed later do not."""
+    x = np.random.default_rng(0).normal(size=(4, 2**17)).astype(np.float32)
+    mean = drjax.program(rows=4)(drjax.reduce_mean)
+
+    def rounds(x):
+        first = mean(x)  # An argument, and a closed-over constant: C.
+        last, y = jax.lax.fori_loop(
+            0, 2, lambda i, c: (mean(c[1] - c[0]), c[1] / 2), (first + mean(C), x)
+        )
+        return mean(y * C - last)
+
+    C = x[::-1].copy()
+    assert_close(beam_runner.run(rounds, x), jax.jit(rounds)(x))
+
+
+def test_what_is_the_servers_alone_needs_no_pipeline():
+    details = beam_runner.run_with_details(lambda w: jnp.sin(w) * 2, W)
+    assert_close(details.result, np.sin(W) * 2)
+    assert details.pipelines == 0
+
+    def until_small(w, x):
+        return jax.lax.while_loop(
+            lambda w: jnp.sum(w**2) > 1, lambda w: w * loss(w, x), w
+        )
+
+    details = beam_runner.run_with_details(until_small, W, X)
+    assert_close(details.result, jax.jit(until_small)(W, X))
+    assert 1 <= details.pipelines <= 20
+
+
 def test_bfloat16_goes_through_files():
     double = program(lambda x: (drjax.map_fn(lambda x: 2 * x, x), drjax.reduce_sum(x)))
     x = jnp.asarray(X, jnp.bfloat16)
