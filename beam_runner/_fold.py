@@ -108,12 +108,12 @@ def levels(count: int) -> int:
 MAX_RANGES = FAN_IN**2
 
 
-def by_group(levels: int, index: int, part: Any) -> Any:
+def by_group(levels: int, index: int, part: Any) -> tuple[int, Any]:
     """A part of the index, with the group in which it is folded first."""
     return index // FAN_IN if levels == 2 else 0, (index, part)
 
 
-def _folded(operations: Sequence[str], folder: str, group: Any) -> Any:
+def _folded(operations: Sequence[str], folder: str, group: Any) -> tuple[int, Any]:
     """A group of the first of two levels, as a part of the only one of the second."""
     total = _total(operations, group)
     return 0, (group[0], [_files.stage(x, folder) for x in total])

@@ -226,6 +226,7 @@ class Graph:
         if pieces is None or len(pieces) > 1:
             todo |= f"{name}/Spread" >> beam.Reshuffle()
         run = beam.ParDo(RunRange(work), *sides, *waits)
+        run = run.with_output_types(tuple[int, Any])  # The key is coded as a number.
         if settings.on_bad == "collect":
             done = todo | f"{name}/Map" >> run.with_outputs("bad", main="reduced")
             self.bad.append((stage.placement, stage.n, done.bad))

@@ -599,6 +599,29 @@ def test_no_collection_is_both_a_side_input_and_what_a_step_is_applied_to(
     assert not main & side
 
 
+@pytest.mark.parametrize("on_bad", ["raise", "collect"])
+def test_keys_are_coded_as_numbers(on_bad):
+    """So that they are alike on all runners, and nothing is pickled to compare them."""
+    pipeline = beam.Pipeline(runner=FnApiRunner())
+    transform = beam_runner.MapReduce(
+        loss, W, struct(X), chunk_size=1, on_bad=on_bad, any_number=True
+    )
+    _ = pipeline | beam.Create(indexed(X)) | transform
+    proto: Any = pipeline.to_runner_api()
+    parts = proto.components
+    keys = {}
+    for node in parts.transforms.values():
+        is_ours = "Round over" in node.unique_name or "Argument" in node.unique_name
+        if node.spec.urn == "beam:transform:group_by_key:v1" and is_ours:
+            (collection,) = node.inputs.values()
+            coder = parts.coders[parts.pcollections[collection].coder_id]
+            key = parts.coders[coder.component_coder_ids[0]]
+            keys[node.unique_name] = key.spec.urn
+    assert any("Fold/Gather groups" in name for name in keys)
+    beams = {name for name in keys if re.search("Reshuffle|CombinePerKey", name)}
+    assert {keys[name] for name in keys.keys() - beams} == {"beam:coder:varint:v1"}
+
+
 def test_resource_hints_reach_the_work():
     pipeline = beam.Pipeline(runner=FnApiRunner())
     transform = beam_runner.MapReduce(loss, W, Slices(X))
