@@ -51,7 +51,7 @@ def run(
       program: a program, a derivative of one, or any function that calls some.
       *args: its arguments: trees of arrays, in which a `Source` may be in place of a
         placed tree. A numpy.memmap is read where it is, by all workers; other arrays
-        are sent, or, if they have more than 1 MiB, written to `temp_location`.
+        are sent, or, if they have 256 KiB or more, written to `temp_location`.
       runner: "embedded", which is Beam's in-process runner; or a runner of Beam or its
         name. For several processes on this machine, give the embedded one `options`.
       options: of the pipelines: `PipelineOptions`, a dict of them, or a list of flags.
