@@ -6,8 +6,7 @@ Values are arrays, known when the pipeline is built; `Made`, by the pipeline; or
 
 import dataclasses
 import itertools
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -17,10 +16,11 @@ import numpy as np
 from apache_beam import pvalue
 
 from beam_runner import _environment, _files, _fold, _work
+from beam_runner._exports import exported_full, exported_round, exported_server
 from beam_runner._range import RunRange
 from beam_runner._sources import ChunkFiles, Reader, Whole, reader_of_array
 from drjax import _chunks
-from drjax._export import as_size, export_full_chunk, export_round
+from drjax._export import as_size
 from drjax.plan import At, MapReduce, Plan, Scan, Server
 
 CHUNKS_OF_RANGE = 16  # At most, unless there are very many: what a worker gets at once.
@@ -378,29 +378,3 @@ def as_sent(aval: Any) -> Any:
         return aval
     struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     return jax.eval_shape(jax.random.key_data, struct)
-
-
-#
-# Exports, once for each stage: the rounds of a loop share them.
-#
-_exports: weakref.WeakKeyDictionary[Any, dict[Any, bytes]]
-_exports = weakref.WeakKeyDictionary()
-
-
-def _once(stage: Any, key: Any, export: Callable[[], bytes]) -> bytes:
-    known = _exports.setdefault(stage, {})
-    if key not in known:
-        known[key] = export()
-    return known[key]
-
-
-def exported_server(stage: Server) -> bytes:
-    return _once(stage, None, stage.export)
-
-
-def exported_round(stage: MapReduce, chunk: int) -> bytes:
-    return _once(stage, chunk, lambda: export_round(stage, None, chunk, wide_sums=True))
-
-
-def exported_full(stage: MapReduce, chunk: int) -> bytes:
-    return _once(stage, ("full", chunk), lambda: export_full_chunk(stage, chunk))

@@ -23,6 +23,7 @@ from apache_beam.runners.runner import create_runner
 
 from beam_runner import _environment, _files, _progress, _results, _runners, _work
 from beam_runner._arguments import check_sources, values_of
+from beam_runner._exports import exported_server
 from beam_runner._graph import (
     Elements,
     Graph,
@@ -33,7 +34,6 @@ from beam_runner._graph import (
     as_sent,
     check_on_bad,
     checked_chunk_size,
-    exported_server,
     first_values,
     typed,
 )

@@ -126,7 +126,8 @@ def loaded(program: bytes) -> Program:
     # Bytes also tell from which lines of code it is: these make no other program.
     lines = exported.mlir_module().splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#loc"))
-    key = text, exported.in_avals, exported.out_avals
+    is_whole = "__elided__" not in text  # As MLIR prints what it leaves out.
+    key = text if is_whole else program, exported.in_avals, exported.out_avals
     if len(_programs) >= PROGRAMS:
         _programs.clear()
     return _programs.setdefault(key, Program(exported))

@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 
 import beam_runner
 import drjax
-from beam_runner._graph import exported_full, exported_round
+from beam_runner._exports import exported_full, exported_round
 from benchmarks.core import Clock, Row, clock, compare
 from drjax.plan import MapReduce, Server
 
