@@ -128,11 +128,11 @@ def argument_of(k: int, arg: Any) -> Argument:
 
 def check_uses(plan: Plan, arguments: Sequence[Argument], any_number: bool) -> None:
     """Checks that arguments which arrive are placed as a whole, or not at all."""
-    numbers = iter(plan.inputs)
+    numbers, read = iter(plan.inputs), read_of(plan)
     arriving, known = set[tuple[str, int]](), set[tuple[str, int]]()
     for argument in arguments:
         inputs = [*itertools.islice(numbers, len(argument.leaves))]
-        ats = {plan.at.get(i) for i in inputs if i in read_of(plan)}
+        ats = {plan.at.get(i) for i in inputs if i in read}
         if argument.arrives and len(ats) > 1:
             raise TypeError(
                 f"beam_runner.MapReduce: {argument.name} is placed in part only, or "

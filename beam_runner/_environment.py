@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import jax
 
+from drjax._chunks import cores
+
 
 class Environment(NamedTuple):
     """A numeric environment: two that are equal give the same bits."""
@@ -46,8 +48,7 @@ def _threads() -> int:
     said = os.environ.get("NPROC", "")
     if said.isdigit():
         return int(said)
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return cores()
 
 
 def _processor() -> str:

@@ -20,7 +20,6 @@ from beam_runner._exports import exported_full, exported_round, exported_server
 from beam_runner._range import RunRange
 from beam_runner._sources import ChunkFiles, Reader, Whole, reader_of_array
 from drjax import _chunks
-from drjax._export import as_size
 from drjax.plan import At, MapReduce, Plan, Scan, Server
 
 CHUNKS_OF_RANGE = 16  # At most, unless there are very many: what a worker gets at once.
@@ -336,17 +335,6 @@ def typed(plan: Plan, env: dict[int, Any], i: int) -> Typed:
 
 def chunk_size(stage: MapReduce, said: int | None) -> int:
     return _chunks.choose(stage, stage.n, said, jax.default_backend(), 1).size
-
-
-def checked_chunk_size(size: Any) -> int | None:
-    if size is None:
-        return None
-    if (n := as_size(size)) < 1:
-        raise ValueError(
-            "beam_runner: chunk_size is a number of elements, one at least, or None, "
-            f"but got {size!r}."
-        )
-    return n
 
 
 def check_on_bad(on_bad: str) -> None:

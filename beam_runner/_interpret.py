@@ -33,12 +33,12 @@ from beam_runner._graph import (
     Taking,
     as_sent,
     check_on_bad,
-    checked_chunk_size,
     first_values,
     typed,
 )
 from beam_runner._sources import Whole, reader_of_array
 from drjax import _mesh, make_plan
+from drjax._export import checked_chunk_size
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While, reads_of
 
 
@@ -70,7 +70,7 @@ class Session:
         check_on_bad(on_bad)
         self.options = _options_of(options)
         self.runner = _runner_of(runner, self.options)
-        self.chunk_size = checked_chunk_size(chunk_size)
+        self.chunk_size = checked_chunk_size("beam_runner", chunk_size)
         self.on_bad, self.progress = on_bad, progress
         said = self.options.view_as(GoogleCloudOptions).temp_location
         self.temp_location = _runners.temp_location(temp_location or said, self.runner)

@@ -32,12 +32,12 @@ from beam_runner._graph import (
     all_of,
     as_sent,
     check_on_bad,
-    checked_chunk_size,
     first_values,
     typed,
 )
 from beam_runner._sources import ChunkFiles
 from drjax import make_plan
+from drjax._export import checked_chunk_size
 from drjax.plan import MapReduce as Round
 from drjax.plan import Plan, reads_of
 
@@ -124,7 +124,10 @@ class MapReduce(beam.PTransform):
     ):
         super().__init__()
         check_on_bad(on_bad)
-        self.chunk_size, self.on_bad = checked_chunk_size(chunk_size), on_bad
+        self.chunk_size, self.on_bad = (
+            checked_chunk_size("beam_runner", chunk_size),
+            on_bad,
+        )
         self.temp_location, self.any_number = temp_location, any_number
         self.arguments = [argument_of(k, arg) for k, arg in enumerate(args, 1)]
         structs = [argument.structs for argument in self.arguments]
@@ -207,6 +210,7 @@ class MapReduce(beam.PTransform):
     ) -> tuple[list[Any], Elements]:
         """The arguments leaf by leaf, and how many elements have arrived."""
         plan, numbers = self.plan, iter(self.plan.inputs)
+        read = read_of(plan)
         values: list[Any] = []
         elements: Elements = {}
         for argument in self.arguments:
@@ -215,7 +219,7 @@ class MapReduce(beam.PTransform):
                 values += argument.leaves
                 continue
             name, collection = argument.name, collections[argument.name]
-            used = [i for i in inputs if i in read_of(plan)]
+            used = [i for i in inputs if i in read]
             if not used:
                 values += [None] * len(inputs)
                 continue

@@ -1,4 +1,4 @@
-"""What workers run: ranges of chunks of a round, the folding of what they give.
+"""What workers get, and what they run of the server's; rounds are in `_range`.
 
 A worker needs this package and what the sources need, and neither the program nor its
 plan: rounds and server stages come as StableHLO. Chunks, and ranges of chunks, are

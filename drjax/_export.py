@@ -160,6 +160,18 @@ def as_size(x: Any) -> int:
     return 0 if isinstance(x, bool | str | float) else operator.index(x)
 
 
+def checked_chunk_size(call: str, size: Any) -> int | None:
+    """The elements of a chunk that a user has said, or None; `call` is for messages."""
+    if size is None:
+        return None
+    if (n := as_size(size)) < 1:
+        raise ValueError(
+            f"{call}: chunk_size is a number of elements, one at least, or None, but "
+            f"got {size!r}."
+        )
+    return n
+
+
 def avals_of_chunk(stage: Any, c: Any) -> list[Any]:
     """The types `(index, *server inputs, *placed inputs)` of c elements."""
     index, *avals = stage.body.in_avals

@@ -24,7 +24,7 @@ from drjax._arguments import (
     with_wholes,
 )
 from drjax._describe import amount
-from drjax._export import as_size
+from drjax._export import checked_chunk_size
 from drjax._faster import faster
 from drjax._jaxprs import as_fun
 from drjax._make_plan import make_plan
@@ -105,8 +105,7 @@ class Streaming:
         rewrite: bool,
         progress: bool,
     ):
-        if chunk_size is not None:
-            chunk_size = _checked_size(chunk_size)
+        chunk_size = checked_chunk_size("drjax.streaming", chunk_size)
         functools.update_wrapper(self, fn, updated=())
         self._fn, self._progress = fn, progress
         self._options = chunk_size, rewrite
@@ -145,16 +144,6 @@ class Streaming:
                 plan = make_plan(self._fn)(*structs, **by_name)
                 self._engines[jaxpr] = Engine(plan, *self._options)
             return self._engines[jaxpr]
-
-
-def _checked_size(size: Any) -> int:
-    n = as_size(size)
-    if n < 1:
-        raise ValueError(
-            "drjax.streaming: chunk_size is a number of elements, one at least, or "
-            f"None, but got {size!r}."
-        )
-    return n
 
 
 def _no_bar(stage: MapReduce) -> Callable[[int], None]:
