@@ -12,7 +12,7 @@ from apache_beam.transforms.window import GlobalWindows
 
 from beam_runner._graph import Placed
 from beam_runner._sources import SourceReader, check_source, is_source, structs_of
-from beam_runner._work import to_numpy
+from drjax._numpy import to_numpy
 from drjax.plan import Plan, reads_of
 
 

@@ -20,6 +20,7 @@ from beam_runner._exports import exported_full, exported_round, exported_server
 from beam_runner._range import RunRange
 from beam_runner._sources import ChunkFiles, Reader, Whole, reader_of_array
 from drjax import _chunks
+from drjax._numpy import as_sent, to_numpy
 from drjax.plan import At, MapReduce, Plan, Scan, Server
 
 CHUNKS_OF_RANGE = 16  # At most, unless there are very many: what a worker gets at once.
@@ -93,7 +94,7 @@ def first_values(
     plan: Plan, inputs: Sequence[Any], elements: Elements
 ) -> dict[int, Any]:
     """The values that are there before the first stage, by number."""
-    env: dict[int, Any] = {i: _work.to_numpy(x) for i, x in plan.constants.items()}
+    env: dict[int, Any] = {i: to_numpy(x) for i, x in plan.constants.items()}
     for i, placement in plan.sizes.items():
         env[i] = elements.get(placement, all_of(placement[1])).size
     return env | dict(zip(plan.inputs, inputs, strict=True))
@@ -356,13 +357,3 @@ def ranges(n: int, chunk: int) -> list[tuple[int, int, int]]:
 def _ranges_of(_: Any, of: Any, *sizes: Any) -> list[tuple[int, int, int]]:
     """Ranges that are known; or, by the size of a chunk, those of a size."""
     return of if isinstance(of, list) else ranges(int(sizes[0][0]), of)
-
-
-def as_sent(aval: Any) -> Any:
-    """The type of a value as it is sent, see `to_numpy`."""
-    if aval.dtype == jax.dtypes.float0:
-        return jax.ShapeDtypeStruct(aval.shape, bool)
-    if not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        return aval
-    struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-    return jax.eval_shape(jax.random.key_data, struct)

@@ -39,6 +39,7 @@ from beam_runner._graph import (
 from beam_runner._sources import Whole, reader_of_array
 from drjax import _mesh, make_plan
 from drjax._export import checked_chunk_size
+from drjax._numpy import from_numpy, to_numpy
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, While, reads_of
 
 
@@ -291,8 +292,8 @@ class Run:
     def serve(self, plan: Plan, stage: Server, env: dict[int, Any]) -> None:
         program = _work.loaded(exported_server(stage))
         values = (self.whole(plan, i, env[i]) for i in stage.inputs)
-        inputs = map(_work.from_numpy, values, program.avals)
-        outs = map(_work.to_numpy, program(*inputs))
+        inputs = map(from_numpy, values, program.avals)
+        outs = map(to_numpy, program(*inputs))
         env.update(zip(stage.outputs, outs, strict=True))
 
     def leave_out(self, found: Sequence[Any]) -> None:
@@ -330,7 +331,7 @@ class Run:
 
 def result_of(aval: Any, x: Any) -> Any:
     """A result as jit gives it."""
-    x = _work.from_numpy(x, aval)
+    x = from_numpy(x, aval)
     return x if aval.dtype == jax.dtypes.float0 else jnp.asarray(x)
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from apache_beam.internal import cloudpickle
 from apache_beam.io.filesystems import FileSystems
 
-from beam_runner import _files, _work
-from beam_runner._graph import Placed, as_sent
+from beam_runner import _files
+from beam_runner._graph import Placed
 from beam_runner._interpret import Bad, Session, plan_of, result_of
+from drjax._numpy import as_sent, to_numpy
 from drjax.plan import Plan
 
 # By placement and its number of elements: which are bad, and why.
@@ -124,7 +125,7 @@ def iterate(
         while not (is_done := bool(until(state))) and rounds < max_rounds:
             values = [*initial, *leaves[count:]]
             state, rounds = run.results(plan, values), rounds + 1
-            initial = [_work.to_numpy(x) for x in jax.tree.leaves(state)]
+            initial = [to_numpy(x) for x in jax.tree.leaves(state)]
             if checkpoints is not None:
                 checkpoints.write(rounds, initial, run.why)
             run.bars.end_round()

@@ -20,12 +20,11 @@ from beam_runner._work import (
     Work,
     compare,
     count,
-    from_numpy,
     loaded,
     picked,
-    to_numpy,
     took,
 )
+from drjax._numpy import from_numpy, to_numpy
 
 
 class RunRange(beam.DoFn):

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import jax
-import jax.numpy as jnp
 import numpy as np
 from apache_beam.metrics.metric import Metrics
 
 from beam_runner import _environment, _files
 from beam_runner._sources import ChunkFiles, Reader, Whole
+from drjax._numpy import from_numpy, to_numpy
 
 Arrays = list[np.ndarray]
 METRICS = "drjax"  # The namespace.
@@ -131,24 +131,6 @@ def loaded(program: bytes) -> Program:
     if len(_programs) >= PROGRAMS:
         _programs.clear()
     return _programs.setdefault(key, Program(exported))
-
-
-def to_numpy(x: Any) -> np.ndarray:
-    """An array as it is sent: keys as their data; float0, which is nothing, as bool."""
-    if getattr(x, "dtype", None) == jax.dtypes.float0:
-        return np.zeros(x.shape, bool)
-    is_array = isinstance(x, jax.Array)
-    is_key = is_array and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(x) if is_key else x)
-
-
-def from_numpy(x: Any, aval: Any) -> Any:
-    if aval.dtype == jax.dtypes.float0:
-        return np.zeros(aval.shape, aval.dtype)
-    if not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        return x
-    impl = jax.random.key_impl(jnp.zeros((), aval.dtype))
-    return jax.random.wrap_key_data(x, impl=impl)
 
 
 def picked(picks: Sequence[Pick], producers: Sequence[Any]) -> Arrays:

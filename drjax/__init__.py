@@ -9,6 +9,7 @@ import os.path as _path
 
 from jax.extend import source_info_util as _source_info_util
 
+from drjax._encodings import BFloat16, Int8
 from drjax._equations import PlanError
 from drjax._make_plan import make_plan
 from drjax._operators import (
@@ -34,7 +35,9 @@ _source_info_util.register_exclusion(_path.join(_path.dirname(__file__), ""))
 __version__ = "0.3.0.dev0"
 
 __all__ = [
+    "BFloat16",
     "Elements",
+    "Int8",
     "OperatorUndefinedError",
     "Plan",
     "PlanError",

@@ -275,4 +275,5 @@ def _slice(x, index, step, counts, stride, axis=1):
 
 
 def _split(x, axis, n):
-    return x.reshape(*x.shape[:axis], n, -1, *x.shape[axis + 1 :])
+    each = x.shape[axis] // n  # Not -1, which cannot be told if there is no number.
+    return x.reshape(*x.shape[:axis], n, each, *x.shape[axis + 1 :])

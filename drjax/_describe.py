@@ -1,9 +1,11 @@
 """A plan in words: stages in order, what goes to the elements and back, and work."""
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from drjax._encodings import Sent, sent_as
 from drjax._flops import Flops, flops
 from drjax.plan import Branch, MapReduce, Plan, Scan, Server, Stage, While
 
@@ -47,9 +49,14 @@ def of_round(plan: Plan, stage: MapReduce) -> Round:
     results = [i for i in stage.placed_outputs if i not in kept]
     operations = " ".join(sorted({operation for operation, _ in stage.reductions}))
 
-    def values(title: str, avals: Sequence[Any]) -> Values:
-        types = (f"{aval.dtype}{list(aval.shape)}" for aval in avals)
-        size = sum(aval.size * aval.dtype.itemsize for aval in avals)
+    def values(
+        title: str, avals: Sequence[Any], sent: Sequence[Sent | None] = ()
+    ) -> Values:
+        types, size = [], 0
+        for aval, encoded in itertools.zip_longest(avals, sent):
+            kind = f"{aval.dtype}{list(aval.shape)}"
+            types.append(f"{kind} as {encoded.name}" if encoded else kind)
+            size += encoded.bytes if encoded else aval.size * aval.dtype.itemsize
         return Values(title, tuple(types), size)
 
     return Round(
@@ -57,7 +64,11 @@ def of_round(plan: Plan, stage: MapReduce) -> Round:
         values("scattered", [plan.element(i) for i in handed_out]),
         values("own", [plan.element(i) for i in own]),
         values("kept before", [plan.element(i) for i in again]),
-        values(f"up, {operations}", [plan.avals[i] for _, i in stage.reductions]),
+        values(
+            f"up, {operations}",
+            [plan.avals[i] for _, i in stage.reductions],
+            [sent_as(stage.body, k) for k in range(len(stage.reductions))],
+        ),
         values("kept", [plan.element(i) for i in kept]),
         values("results", [plan.element(i) for i in results]),
         flops(stage.body),

@@ -175,7 +175,7 @@ for _name in (
     *("complex", "concatenate", "conj", "convert_element_type", "copy", "device_put"),
     *("drjax_broadcast", "dynamic_slice", "dynamic_update_slice", "empty", "empty2"),
     *("gather", "get", "imag", "iota", "name", "optimization_barrier", "pad"),
-    *("ppermute", "real", "reduce_precision", "reshape", "rev", "scatter"),
+    *("ppermute", "real", "reduce_precision", "reshape", "rev", "rounded", "scatter"),
     *("select_and_gather_add", "select_n", "sharding_constraint", "slice", "sort"),
     *("split", "squeeze", "stack", "stop_gradient", "swap", "tile", "top_k"),
     *("transpose", "unstack"),

@@ -38,6 +38,9 @@ from drjax._jaxprs import (
 
 map_p = Primitive("drjax_map")
 map_p.multiple_results = True
+# In JAX 0.12 an operation of the body, as a searchsorted, may be one that JAX replaces
+# before it lowers. It then does so in the body that our lowering traces.
+map_p.is_high = lambda *_, **__: False
 
 
 @dataclasses.dataclass(frozen=True)

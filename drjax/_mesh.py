@@ -186,6 +186,15 @@ def _shard_placed(x: Any, placement: str, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def constrained(x: Any, spec: Any, mesh: Mesh | None) -> Any:
+    """A server value, sharded as is said; as it is, if nothing is."""
+    if spec is None or mesh is None:
+        return x
+    if is_explicit(mesh):
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def shards(placement: str, mesh: Mesh | None) -> int:
     """Over how many shards the elements of a placement are spread."""
     return 1 if mesh is None else mesh.shape[placement]

@@ -14,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.api_util import debug_info
 from jax.extend.core import mapped_aval
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from drjax import _compat, _map, _mesh, _program
 from drjax import _map_derivatives as _map_derivatives  # Registers map_p's rules.
+from drjax._encoded_sum import Exchange, encoded_sum
+from drjax._encodings import Encoding
 from drjax._jaxprs import is_eager, trace, unique
 from drjax._primitives import (
     broadcast_p,
@@ -168,7 +172,13 @@ def map_fn(
 
 
 def reduce_sum(
-    x: Any, *, placement: str | None = None, mesh: _mesh.Mesh | None = None
+    x: Any,
+    *,
+    encoding: Encoding | None = None,
+    key: Any = None,
+    out_sharding: Any = None,
+    placement: str | None = None,
+    mesh: _mesh.Mesh | None = None,
 ) -> Any:
     """Sums a placed value over its placement.
 
@@ -176,6 +186,13 @@ def reduce_sum(
 
     Args:
       x: placed pytree, its leaves `[n, ...]`.
+      encoding: what floats are sent as, a `BFloat16` or an `Int8`; None for as they
+        are. Derivatives are those of the exact sums, and are not encoded.
+      key: of what an encoding draws; it folds in the position of an element.
+      out_sharding: a `jax.sharding.PartitionSpec`, or a pytree of them that is a prefix
+        of `x`: how the results are sharded over a mesh. With the placement's axis in
+        it they are reduced and scattered. None for what XLA takes. `Int8` has to be
+        told, if the mesh has other axes.
       placement: which placement; only needed if the program has several.
       mesh: the device mesh that `x` is sharded over; by default the one
         `jax.set_mesh` installed.
@@ -186,8 +203,10 @@ def reduce_sum(
     Raises:
       OperatorUndefinedError: outside a program.
       ValueError: if a leaf has no leading axis of size `n`, or the placement is
-        unknown, ambiguous, or does not fit the mesh.
-      TypeError: if a leaf is not an array of numbers.
+        unknown, ambiguous, or does not fit the mesh; or an encoding lacks what it
+        has to be told.
+      TypeError: if a leaf is not an array of numbers, or `encoding`, `key` or
+        `out_sharding` is not what it is to be.
 
     Example:
       >>> import jax.numpy as jnp
@@ -202,11 +221,19 @@ def reduce_sum(
       Rush et al., DrJAX, arXiv:2403.07128.
     """
     site = _resolve("reduce_sum", placement, mesh)
-    return _reduce_sum(site, _placed("reduce_sum", x, site, numeric=True))
+    x = _placed("reduce_sum", x, site, numeric=True)
+    sent, key = _sent("reduce_sum", x, encoding, key, out_sharding, site, mesh)
+    return _reduce_sum(site, sent, x, key)
 
 
 def reduce_mean(
-    x: Any, *, placement: str | None = None, mesh: _mesh.Mesh | None = None
+    x: Any,
+    *,
+    encoding: Encoding | None = None,
+    key: Any = None,
+    out_sharding: Any = None,
+    placement: str | None = None,
+    mesh: _mesh.Mesh | None = None,
 ) -> Any:
     """Averages a placed value over its placement.
 
@@ -217,6 +244,13 @@ def reduce_mean(
 
     Args:
       x: placed pytree, its leaves `[n, ...]`.
+      encoding: what floats are sent as, a `BFloat16` or an `Int8`; None for as they
+        are. Derivatives are those of the exact sums, and are not encoded.
+      key: of what an encoding draws; it folds in the position of an element.
+      out_sharding: a `jax.sharding.PartitionSpec`, or a pytree of them that is a prefix
+        of `x`: how the results are sharded over a mesh. With the placement's axis in
+        it they are reduced and scattered. None for what XLA takes. `Int8` has to be
+        told, if the mesh has other axes.
       placement: which placement; only needed if the program has several.
       mesh: the device mesh that `x` is sharded over; by default the one
         `jax.set_mesh` installed.
@@ -227,8 +261,10 @@ def reduce_mean(
     Raises:
       OperatorUndefinedError: outside a program.
       ValueError: if a leaf has no leading axis of size `n`, or the placement is
-        unknown, ambiguous, or does not fit the mesh.
-      TypeError: if a leaf is not an array of numbers.
+        unknown, ambiguous, or does not fit the mesh; or an encoding lacks what it
+        has to be told.
+      TypeError: if a leaf is not an array of numbers, or `encoding`, `key` or
+        `out_sharding` is not what it is to be.
 
     Example:
       >>> import jax.numpy as jnp
@@ -243,7 +279,9 @@ def reduce_mean(
       Rush et al., DrJAX, arXiv:2403.07128.
     """
     site = _resolve("reduce_mean", placement, mesh)
-    return _reduce_mean(site, _placed("reduce_mean", x, site, numeric=True))
+    x = _placed("reduce_mean", x, site, numeric=True)
+    sent, key = _sent("reduce_mean", x, encoding, key, out_sharding, site, mesh)
+    return _reduce_mean(site, sent, x, key)
 
 
 def reduce_weighted_mean(
@@ -251,6 +289,9 @@ def reduce_weighted_mean(
     w: Any,
     *,
     default: Any = None,
+    encoding: Encoding | None = None,
+    key: Any = None,
+    out_sharding: Any = None,
     placement: str | None = None,
     mesh: _mesh.Mesh | None = None,
 ) -> Any:
@@ -265,6 +306,14 @@ def reduce_weighted_mean(
       default: what to return where the total weight is zero: a scalar, or a pytree
         that is a prefix of `x`. The gradient is zero there. Without it, the result is
         NaN there, as with `jnp.average`.
+      encoding: what floats are sent as, a `BFloat16` or an `Int8`; None for as they
+        are. Weights are sent as they
+        are. Derivatives are those of the exact sums, and are not encoded.
+      key: of what an encoding draws; it folds in the position of an element.
+      out_sharding: a `jax.sharding.PartitionSpec`, or a pytree of them that is a prefix
+        of `x`: how the results are sharded over a mesh. With the placement's axis in
+        it they are reduced and scattered. None for what XLA takes. `Int8` has to be
+        told, if the mesh has other axes.
       placement: which placement; only needed if the program has several.
       mesh: the device mesh that `x` is sharded over; by default the one
         `jax.set_mesh` installed.
@@ -275,8 +324,10 @@ def reduce_weighted_mean(
     Raises:
       OperatorUndefinedError: outside a program.
       ValueError: if a leaf has no leading axis of size `n`, `w` does not fit `x`, or
-        the placement is unknown, ambiguous, or does not fit the mesh.
-      TypeError: if a leaf is not an array of numbers.
+        the placement is unknown, ambiguous, or does not fit the mesh; or an
+        encoding lacks what it has to be told.
+      TypeError: if a leaf is not an array of numbers, or `encoding`, `key` or
+        `out_sharding` is not what it is to be.
 
     Example:
       >>> import jax.numpy as jnp
@@ -304,7 +355,10 @@ def reduce_weighted_mean(
         defaults = _prefix_leaves("default", default, x, site)
         _check_defaults(defaults, x, site)
     weight_of = tuple(ids.index(id(leaf)) for leaf in weight_leaves)
-    means = _reduce_weighted_mean(site, weight_of, xs, weights, defaults)
+    sent, key = _sent(
+        "reduce_weighted_mean", x, encoding, key, out_sharding, site, mesh
+    )
+    means = _reduce_weighted_mean(site, sent, weight_of, xs, weights, defaults, key)
     return jax.tree.unflatten(tree, means)
 
 
@@ -455,40 +509,44 @@ def _bind_constant(primitive, site):
     return primitive.bind(**site._asdict())
 
 
-@functools.partial(_compat.inlined_jit, static_argnums=0)
-def _reduce_sum(site, tree):
-    def leaf_sum(x):
-        return reduce_sum_p.bind(x.astype(_sum_dtype(x.dtype)), **site._asdict())
-
-    return jax.tree.map(leaf_sum, tree)
-
-
-@functools.partial(_compat.inlined_jit, static_argnums=0)
-def _reduce_mean(site, tree):
-    def leaf_mean(x):
-        compute, result = _mean_dtypes(x.dtype)
-        total = reduce_sum_p.bind(x.astype(compute), **site._asdict())
-        size = placement_size_p.bind(**site._asdict()).astype(compute)
-        return (total / size).astype(result)
-
-    return jax.tree.map(leaf_mean, tree)
+@functools.partial(_compat.inlined_jit, static_argnums=(0, 1))
+def _reduce_sum(site, sent, tree, key):
+    leaves, structure = jax.tree.flatten(tree)
+    widened = [x.astype(_sum_dtype(x.dtype)) for x in leaves]
+    return jax.tree.unflatten(structure, _sums(site, sent, widened, leaves, key))
 
 
 @functools.partial(_compat.inlined_jit, static_argnums=(0, 1))
-def _reduce_weighted_mean(site, weight_of, xs, weights, defaults):
+def _reduce_mean(site, sent, tree, key):
+    leaves, structure = jax.tree.flatten(tree)
+    dtypes = [_mean_dtypes(x.dtype) for x in leaves]
+    pairs = zip(leaves, dtypes, strict=True)
+    widened = [x.astype(compute) for x, (compute, _) in pairs]
+    totals = _sums(site, sent, widened, leaves, key)
+    means = []
+    for total, (compute, result) in zip(totals, dtypes, strict=True):
+        size = placement_size_p.bind(**site._asdict()).astype(compute)
+        means.append((total / size).astype(result))
+    return jax.tree.unflatten(structure, means)
+
+
+@functools.partial(_compat.inlined_jit, static_argnums=(0, 1, 2))
+def _reduce_weighted_mean(site, sent, weight_of, xs, weights, defaults, key):
     """Means of the arrays `xs`; array `i` has weights `weights[weight_of[i]]`."""
 
     @functools.cache  # One sum for each weight leaf.
     def total(i, dtype):
         return reduce_sum_p.bind(weights[i].astype(dtype), **site._asdict())
 
-    def mean(x, i, default):
+    def weighted(x, i):
         w = weights[i]
-        compute, result = _mean_dtypes(jnp.promote_types(w.dtype, x.dtype))
+        compute, _ = _mean_dtypes(jnp.promote_types(w.dtype, x.dtype))
         # One element's weight broadcasts against its value, so from the right.
         w = w.reshape(w.shape[0], *[1] * (x.ndim - w.ndim), *w.shape[1:])
-        weighted = w.astype(compute) * x.astype(compute)
-        weighted = reduce_sum_p.bind(weighted, **site._asdict())
+        return w.astype(compute) * x.astype(compute)
+
+    def mean(x, weighted, i, default):
+        compute, result = _mean_dtypes(jnp.promote_types(weights[i].dtype, x.dtype))
         sum_w = total(i, compute)
         if default is None:
             return (weighted / sum_w).astype(result)
@@ -496,9 +554,45 @@ def _reduce_weighted_mean(site, weight_of, xs, weights, defaults):
         mean = weighted / jnp.where(sum_w == 0, 1, sum_w)
         return jnp.where(sum_w == 0, default, mean).astype(result)
 
+    each = [*map(weighted, xs, weight_of)]
+    return [*map(mean, xs, _sums(site, sent, each, xs, key), weight_of, defaults)]
+
+
+class _Sent(NamedTuple):
+    """How the parts of sums are sent, and how the sums are sharded."""
+
+    encoding: Encoding | None
+    specs: tuple[Any, ...]  # Of each leaf; None for as XLA takes it.
+    mesh: _mesh.Mesh | None  # What the specs are for, with the placement's axis or not.
+
+
+def _sums(site: _Site, sent: _Sent, xs: Any, given: Any, key: Any) -> list[Any]:
+    """The sums of `xs`, those encoded that come of floats, which `given` says."""
+    encoding = sent.encoding
+    sums: dict[int, Any] = {}
+    ours = [
+        i
+        for i, x in enumerate(given)
+        if encoding is not None and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    if encoding is not None and ours:
+        # Half floats have no room for the sums of what was rounded.
+        wide = [xs[i].astype(jnp.promote_types(xs[i].dtype, "float32")) for i in ours]
+        # jit is to see the mesh: the primitive shows it when jit has chosen devices.
+        wide = _show_mesh(wide, site)
+        specs = tuple(sent.specs[i] for i in ours)
+        if _mesh.is_explicit(site.mesh):
+            own = [P(*jax.typeof(x).sharding.spec[1:]) for x in wide]
+            pairs = zip(specs, own, strict=True)
+            specs = tuple(b if a is None else a for a, b in pairs)
+        key = key if encoding.takes_key else None
+        found = encoded_sum(wide, key, Exchange(encoding, *site, specs))
+        sums = {i: x.astype(xs[i].dtype) for i, x in zip(ours, found, strict=True)}
+    for i, x in enumerate(xs):
+        if i not in sums:
+            sums[i] = reduce_sum_p.bind(x, **site._asdict())
     return [
-        mean(x, i, default)
-        for x, i, default in zip(xs, weight_of, defaults, strict=True)
+        _mesh.constrained(sums[i], spec, sent.mesh) for i, spec in enumerate(sent.specs)
     ]
 
 
@@ -548,6 +642,109 @@ def _site(
     operator_name: str, found: _program.Placement, mesh: _mesh.Mesh | None
 ) -> _Site:
     return _Site(found.name, found.size, _mesh.resolve(operator_name, mesh, found))
+
+
+def _sent(
+    operator_name: str,
+    x: Any,
+    encoding: Any,
+    key: Any,
+    out_sharding: Any,
+    site: _Site,
+    mesh: _mesh.Mesh | None,
+) -> tuple[_Sent, Any]:
+    """Checks how values are to be sent; also returns the key, of the type for keys."""
+    over = f"drjax.{operator_name} over {site.placement!r}"
+    if encoding is not None and not isinstance(encoding, Encoding):
+        raise TypeError(
+            f"{over}: `encoding` is to be a drjax.BFloat16 or drjax.Int8, but got "
+            f"{encoding!r}."
+        )
+    if key is not None and not _is_key(key):
+        raise TypeError(
+            f"{over}: `key` is to be one key of the server, as jax.random.key makes "
+            f"it, but got {key!r}."
+        )
+    if encoding is not None and encoding.takes_key and key is None:
+        raise ValueError(
+            f"{over}: {encoding} rounds at random, so it needs a key: pass `key`, a "
+            "new one for each sum."
+        )
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(jnp.asarray(key))
+    specs = _specs(over, x, out_sharding)
+    mesh = site.mesh or mesh or jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _Sent(encoding, (None,) * len(specs), None), key
+    for leaf, spec in zip(jax.tree.leaves(x), specs, strict=True):
+        shape = leaf.shape[1:]
+        if spec is not None and not _fits(spec, shape, mesh):
+            raise ValueError(
+                f"{over}: `out_sharding` {spec} does not fit a result of shape {shape} "
+                f"on the mesh {dict(mesh.shape)}."
+            )
+    if encoding is not None and encoding.takes_key and _mesh.is_auto(site.mesh):
+        _check_known(over, encoding, specs, site)
+    return _Sent(encoding, specs, mesh), key
+
+
+def _specs(over: str, x: Any, out_sharding: Any) -> tuple[Any, ...]:
+    """For each leaf of `x` the PartitionSpec that stands for it."""
+
+    def is_spec(spec):
+        return spec is None or isinstance(spec, P)
+
+    def repeated(spec, subtree):
+        return [spec] * len(jax.tree.leaves(subtree))
+
+    try:
+        of_leaves = jax.tree.map(repeated, out_sharding, x, is_leaf=is_spec)
+    except ValueError as error:
+        raise ValueError(
+            f"{over}: `out_sharding` is one PartitionSpec, or a pytree of them that is "
+            f"a prefix of the values, but got {out_sharding}."
+        ) from error
+    specs = tuple(jax.tree.leaves(of_leaves, is_leaf=is_spec))
+    if not all(map(is_spec, specs)):
+        raise TypeError(
+            f"{over}: `out_sharding` is to be a jax.sharding.PartitionSpec, or a "
+            f"pytree of them, but got {out_sharding}."
+        )
+    return specs
+
+
+def _check_known(over: str, encoding: Any, specs: tuple[Any, ...], site: _Site) -> None:
+    """Checks that it is known how other mesh axes shard what is cut into blocks."""
+    assert site.mesh is not None
+    apart = {site.placement, *_program.mapped_names()}
+    others = {
+        name: size
+        for name, size in site.mesh.shape.items()
+        if name not in apart and size > 1
+    }
+    known = [spec is not None and P.UNCONSTRAINED not in [*spec] for spec in specs]
+    if others and not all(known):
+        raise ValueError(
+            f"{over}: {encoding} cuts arrays into blocks, and the mesh has other axes, "
+            f"{others}, over which they may be sharded. Say how with `out_sharding`: "
+            "PartitionSpec() for not at all."
+        )
+
+
+def _fits(spec: P, shape: tuple[int, ...], mesh: _mesh.Mesh) -> bool:
+    try:
+        NamedSharding(mesh, spec).shard_shape(shape)
+    except ValueError:
+        return False
+    return len(spec) <= len(shape)
+
+
+def _is_key(key: Any) -> bool:
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError):
+        return False
+    return jnp.ndim(key) == 0 or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def _leaves(tree: Any) -> list[Any]:

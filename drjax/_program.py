@@ -253,6 +253,11 @@ def _names(scope: tuple[Placement, ...]) -> str:
     return ", ".join(repr(p.name) for p in scope)
 
 
+def mapped_names() -> set[str]:
+    """The placements of whose maps a body is being traced."""
+    return {p.name for p in _scope.value if p.mapped}
+
+
 def mapped_scope(name: str) -> Any:
     """The context in which the body of a map over placement `name` is traced."""
     return _scope(

@@ -1,6 +1,6 @@
 """The reference engine: runs a plan one element at a time, slowly and obviously."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,13 +61,22 @@ def as_array(x: Any) -> Any:
 Run = Callable[[Plan, Any, dict[int, Any]], None]
 
 
-def interpret(plan: Plan, inputs: Sequence[Any], run_server: Run, run_round: Run):
+def interpret(
+    plan: Plan,
+    inputs: Sequence[Any],
+    run_server: Run,
+    run_round: Run,
+    sizes: Mapping[str, int] | None = None,
+) -> list[Any]:
     """Runs a plan's stages in order; returns its results leaf by leaf.
 
-    A value is let go when no later stage reads it.
+    A value is let go when no later stage reads it. `sizes` are the numbers of elements
+    that take part, of placements where these are not all.
     """
+    sizes = sizes or {}
     env = dict(plan.constants)
-    env.update((i, jax.device_put(np.int32(n))) for i, (_, n) in plan.sizes.items())
+    for i, (placement, n) in plan.sizes.items():
+        env[i] = jax.device_put(np.int32(sizes.get(placement, n)))
     env.update(zip(plan.inputs, inputs, strict=True))
     last = {i: k for k, stage in enumerate(plan.stages) for i in reads_of(stage)}
 
@@ -78,7 +87,7 @@ def interpret(plan: Plan, inputs: Sequence[Any], run_server: Run, run_round: Run
         env.update(zip(numbers, values, strict=True))
 
     def run(inner, inputs):
-        return interpret(inner, inputs, run_server, run_round)
+        return interpret(inner, inputs, run_server, run_round, sizes)
 
     for k, stage in enumerate(plan.stages):
         match stage:

@@ -18,7 +18,7 @@ from drjax._ports import operand_bounds
 _CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"),
     *("custom_vjp_call", "custom_lin", "remat2", "checkpoint", "eval_jaxpr"),
-    "custom_vmap_call",
+    *("custom_vmap_call", "drjax_encoded_sum"),
 }
 
 

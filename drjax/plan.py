@@ -309,6 +309,30 @@ class Plan:
             aval if number not in self.at else mapped_aval(*self.at[number][1:], aval)
         )
 
+    def communication(self, placement: str) -> tuple[int | float, int | float]:
+        """Bytes that one element of a placement gets, and that it sends, in all rounds.
+
+        Of branches, those of the one with the most. NaN for a while loop that
+        communicates, for it may run any number of times.
+
+        Raises:
+          ValueError: if there is no placement by that name.
+
+        Example:
+          >>> import jax
+          >>> import jax.numpy as jnp
+          >>> import drjax
+          >>> @drjax.program(clients=3)
+          ... def loss(w, x):
+          ...     return drjax.reduce_mean(drjax.map_fn(lambda x: (x - w) ** 2, x))
+          >>> plan = drjax.make_plan(jax.grad(loss))(2.0, jnp.arange(3.0))
+          >>> plan.communication("clients")
+          (8, 4)
+        """
+        from drjax._communication import communication
+
+        return communication(self, placement)
+
     def __str__(self) -> str:
         """The stages for a reader, with what goes to the elements and back."""
         from drjax._describe import text

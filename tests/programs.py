@@ -87,6 +87,46 @@ def weighted_mean(x, w):
     return drjax.reduce_weighted_mean({"a": x, "b": x[:, 0, 0]}, w**2, default=0.0)
 
 
+def _interpolated(x):
+    i = jnp.searchsorted(jnp.linspace(-3.0, 3.0, 7), x)
+    return jnp.sum(jnp.sin(x) * jnp.arange(8.0)[i])
+
+
+@_row(lambda x: jnp.mean(jax.vmap(_interpolated)(x), 0), XS)
+def searchsorted_in_a_body(x):
+    return drjax.reduce_mean(drjax.map_fn(_interpolated, x))
+
+
+def _as_sent(round, x):
+    """What `round` makes of x, of which the derivative is one."""
+    return x + lax.stop_gradient(round(x) - x)
+
+
+def _bfloat16(x):
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+# Eighths, of which bfloat16 has sums too: so it does not matter where sums are rounded.
+EIGHTHS = jnp.round(8 * XS) / 8
+
+
+@_row(lambda x: jnp.sin(jnp.sum(_as_sent(_bfloat16, 2 * x), 0)), EIGHTHS)
+def encoded_as_bfloat16(x):
+    doubled = drjax.map_fn(lambda x: 2 * x, x)
+    return jnp.sin(drjax.reduce_sum(doubled, encoding=drjax.BFloat16()))
+
+
+# Integers of which the largest is 127 are multiples of the scale.
+INTEGERS = jnp.round(30 * XS).clip(-127, 127).at[:, 0, 0].set(127)
+
+
+@_row(lambda x: jnp.sin(jnp.mean(x / 100, 0)), INTEGERS)
+def encoded_as_int8(x):
+    scaled = drjax.map_fn(lambda x: x / 100, x)
+    key = jax.random.key(0)
+    return jnp.sin(drjax.reduce_mean(scaled, encoding=drjax.Int8(), key=key))
+
+
 @_row(lambda x: jnp.sum(x * jnp.arange(N)[:, None, None], 0) / N, XS)
 def own_index_and_size(x):
     scaled = drjax.map_fn(lambda x, i: x * i, (x, drjax.placement_index()))

@@ -90,12 +90,15 @@ def for_elements(plan, name, n):
 
     sizes = {i: (p, n if p == name else m) for i, (p, m) in plan.sizes.items()}
     stages = tuple(map(inner, plan.stages))
-    avals = list(plan.avals)
+    avals, at = list(plan.avals), {}
     for i, where in plan.at.items():
         shape = list(avals[i].shape)
         shape[where.axis] = n
         avals[i] = avals[i].update(shape=tuple(shape))
-    return dataclasses.replace(plan, stages=stages, sizes=sizes, avals=tuple(avals))
+        at[i] = where._replace(n=n)
+    return dataclasses.replace(
+        plan, stages=stages, sizes=sizes, at=at, avals=tuple(avals)
+    )
 
 
 @pytest.mark.parametrize("name", SIZE_FREE)
@@ -516,3 +519,33 @@ def test_a_sharding_constraint_is_no_part_of_a_plan():
     constrained = drjax.make_plan(program(functools.partial(fn, split=split)))(W, XS)
     plain = drjax.make_plan(program(functools.partial(fn, split=lambda x, *_: x)))
     assert constrained.hash == plain(W, XS).hash
+
+
+#
+# What an element gets and sends in all, in bytes.
+#
+def test_communication_counts_rounds_in_loops_and_branches():
+    def once(x, w):
+        """A round that sends a float32 each way."""
+        return drjax.reduce_sum(drjax.map_fn(lambda x: jnp.sin(x * w), x))
+
+    def loop(x, w):
+        return jax.lax.fori_loop(0, 7, lambda _, w: once(x, w), w)
+
+    def branch(x, w):
+        return jax.lax.cond(
+            w > 0, lambda w: once(x, once(x, w)), lambda w: once(x, w), w
+        )
+
+    def unknown(x, w):
+        return jax.lax.while_loop(lambda w: w > 0, lambda w: once(x, w), w)
+
+    for fn, want in (once, 4), (loop, 7 * 4), (branch, 2 * 4), (unknown, np.nan):
+        plan = drjax.make_plan(program(fn))(jnp.ones(N), 0.5)
+        np.testing.assert_equal(plan.communication("clients"), (want, want))
+
+
+def test_communication_of_no_such_placement_is_an_error():
+    plan = drjax.make_plan(program(drjax.reduce_sum))(jnp.ones(N))
+    with pytest.raises(ValueError, match=r"'pods'.*\['clients'\]"):
+        plan.communication("pods")

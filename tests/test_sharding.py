@@ -326,10 +326,16 @@ def test_sharding_in_a_mapped_function_is_kept(kind, body, derivative):
 #
 # Every program of the shared table, on a mesh.
 #
+# There, JAX asks for the sharding of a gather, and vmaps no searchsorted.
+NOT_EXPLICIT = {"gather_closed_over", "searchsorted_in_a_body"}
+
+
 def on_meshes():
-    for kind, case in itertools.product((AUTO, EXPLICIT), PROGRAMS):
-        if kind == EXPLICIT and case.name == "gather_closed_over":
-            continue  # There, JAX asks for the sharding of a gather.
+    # Between devices sums of int8 are rounded again, see test_encodings.py.
+    cases = [case for case in PROGRAMS if case.name != "encoded_as_int8"]
+    for kind, case in itertools.product((AUTO, EXPLICIT), cases):
+        if kind == EXPLICIT and case.name in NOT_EXPLICIT:
+            continue
         yield pytest.param(kind, False, case, id=f"{kind}-value-{case}")
         if case.reverse:
             marks = pytest.mark.slow

@@ -1,5 +1,7 @@
 """Every program, under every transformation, equals plain JAX under the same one."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -145,9 +147,10 @@ def test_exported_program_gives_the_same(case: Program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    # The rules of custom_jvp and custom_vjp in the table are wrong on purpose.
+    # The rules of custom_jvp and custom_vjp in the table are wrong on purpose. What is
+    # encoded has the derivative of its mean.
     "case",
-    [p for p in SECOND if "custom" not in p.name and p in REAL],
+    [p for p in SECOND if not re.search("custom|encoded", p.name) and p in REAL],
     ids=str,
 )
 def test_derivatives_match_finite_differences_to_second_order(case: Program):
