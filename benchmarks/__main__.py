@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import core, streaming
+from benchmarks import core, federated, streaming
 
 try:
     from benchmarks import beam
@@ -22,7 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of each ratio")
     beam_figures = beam.FIGURES if beam else {}
-    figures = {**core.FIGURES, **streaming.FIGURES, **beam_figures}
+    with_peers = {**streaming.FIGURES, **federated.FIGURES}
+    figures = {**core.FIGURES, **with_peers, **beam_figures}
     parser.add_argument("--only", nargs="+", choices=figures, default=list(figures))
     parser.add_argument(
         "--incumbent",
@@ -45,7 +46,7 @@ def main() -> None:
         table.add_column("drjax 0.2.1: ratio", justify="right", no_wrap=True)
     for figure in options.only:
         with console.status(figure):
-            more = [options.peers] * (figure in streaming.FIGURES)
+            more = [options.peers] * (figure in with_peers)
             rows = list(figures[figure](options.repeats, *more))
             theirs = {}
             if options.incumbent and figure in core.SHARED:

@@ -6,7 +6,9 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
+import beam_runner
 import drjax
+import federated
 
 project = "drjax"
 author = "The drjax authors"
@@ -30,9 +32,12 @@ html_title = f"drjax {release}"
 def find_undocumented(app: Sphinx, env: BuildEnvironment) -> None:
     """Warns of each public name that no page documents."""
     documented = {name for name, *_ in env.domains["py"].get_objects()}
-    for name in getattr(drjax, "__all__", ()):
-        if f"drjax.{name}" not in documented:
-            logging.getLogger(__name__).warning("drjax.%s is on no page", name)
+    for module in (drjax, beam_runner, federated, federated.datasets):
+        for name in module.__all__:
+            if f"{module.__name__}.{name}" not in documented:
+                logging.getLogger(__name__).warning(
+                    "%s.%s is on no page", module.__name__, name
+                )
 
 
 def setup(app: Sphinx) -> None:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import drjax
@@ -12,6 +13,7 @@ from beam_runner._interpret import Session
 from drjax._export import OPERATIONS
 from drjax._reference import _run_server, interpret
 from drjax._streaming import Engine
+from federated._engine import Engine as Simulation
 
 CHUNK = 3
 
@@ -65,14 +67,27 @@ def beam(plan, *args):
         return run.results(plan.recomputed(), values_of(args).leaves)
 
 
+def federated(plan, *args):
+    n = dict(plan.placements).get("clients", 1)
+    simulation = Simulation(lambda *_: plan)
+    return simulation.run(args, np.arange(n), np.zeros(n, int)).result
+
+
 ENGINES = {
     "reference": drjax.run_plan,
     "recomputed": lambda plan, *args: drjax.run_plan(plan.recomputed(), *args),
     "in chunks": in_chunks,
     "streaming": streaming,
     "beam": beam,
+    "federated": federated,
 }
-SLOW = {"recomputed", "in chunks", "streaming", "beam"}  # Most compile each round.
+SLOW = {
+    "recomputed",
+    "in chunks",
+    "streaming",
+    "beam",
+    "federated",
+}  # Most compile each round.
 FEW = {"recomputed", "in chunks"}  # They run some transformations only.
 ENGINE = pytest.mark.parametrize(
     "run",

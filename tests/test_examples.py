@@ -49,6 +49,12 @@ def test_all_rounds_learn_the_digits(tmp_path):
     assert accuracy(run_digits(tmp_path / "plot.png", rounds=60)) > 0.95
 
 
+def test_every_engine_gives_what_jit_gives(printed):
+    rows = re.findall(r"^(jit|streaming|beam|federated) .* (\S+)$", printed, re.M)
+    assert [name for name, _ in rows] == ["jit", "streaming", "beam", "federated"] * 2
+    assert all(float(difference) < 1e-5 for _, difference in rows)
+
+
 def test_gradient_agrees_with_finite_differences(printed):
     rows = re.findall(
         r"^  (client|server) +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE
