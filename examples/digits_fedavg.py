@@ -29,6 +29,7 @@ from sklearn.datasets import load_digits
 
 import beam_runner
 import drjax
+import federated
 
 CLIENTS = 50
 CLASSES = 10
@@ -178,6 +179,7 @@ def compare_engines(fn: Any, *args: Any) -> None:
         "jit": (compiled, f"{temporaries:.3g} MB"),
         "streaming": (streaming, explanation.split("; ")[-1]),
         "beam": (functools.partial(beam_runner.run, fn), ""),
+        "federated": (federated.simulate(fn), ""),
     }
     want = jax.tree.leaves(compiled(*args))
     print("engine      seconds     temporaries   difference to jit")
@@ -296,16 +298,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         page.write_text(plan.to_html(), encoding="utf-8")
         print(f"\n{title}, as a plan; drawn in {page}:\n{plan}")
 
+    if jax.device_count() >= 8:
+        print("\nA round on 8 devices, 2 x 4 of clients x model:")
+        on_mesh(state, clients)
+
     for title, fn in (
         ("A round", federated_round),
         ("The gradient of the loss after it", jax.grad(loss_after_round)),
     ):
         print(f"\n{title}, on each engine:")
         compare_engines(fn, RATES, state, clients)
-
-    if jax.device_count() >= 8:
-        print("\nA round on 8 devices, 2 x 4 of clients x model:")
-        on_mesh(state, clients)
 
 
 if __name__ == "__main__":
