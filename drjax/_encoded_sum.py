@@ -10,59 +10,43 @@ Its derivative is that of the exact sum, for roundings count as the identity.
 """
 
 import functools
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.api_util import debug_info
 from jax.core import ShapedArray
 from jax.extend.core import Primitive, mapped_aval
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding
 
-from drjax import _map, _mesh
-from drjax._encodings import BFloat16, Encoding, Int8, cut, rounded_p
+from drjax import _exchange, _map, _mesh
+from drjax._encodings import Encoding, rounded_p
 from drjax._jaxprs import as_fun, trace
 from drjax._primitives import placement_index_p, reduce_sum_p
-
-
-class Exchange(NamedTuple):
-    """How the sums are computed over a mesh.
-
-    Args:
-      encoding: of what is sent.
-      placement, n, mesh: of the operator.
-      specs: of each sum, how it is sharded; None if that is left to XLA.
-    """
-
-    encoding: Encoding
-    placement: str
-    n: int
-    mesh: Any
-    specs: tuple[Any, ...]
-
 
 encoded_sum_p = Primitive("drjax_encoded_sum")
 encoded_sum_p.multiple_results = True
 
 
-def encoded_sum(xs: list[Any], key: Any, exchange: Exchange) -> list[Any]:
-    """The sums of arrays `[n, ...]`; `key` is None for an encoding without."""
+def encoded_sum(
+    xs: list[Any], key: Any, encoding: Encoding, specs: tuple[Any, ...], site: Any
+) -> list[Any]:
+    """The sums of arrays `[n, ...]`.
+
+    Args:
+      xs: the arrays.
+      key: None for an encoding that takes none.
+      encoding: of what is sent.
+      specs: of each sum, how it is sharded; None if that is left to XLA.
+      site: the operator's placement, n and mesh, by name.
+    """
     args = [*xs] if key is None else [*xs, key]
     with _mesh.without_mesh():  # What it means is the same on every mesh.
         avals = tuple(ShapedArray(x.shape, x.dtype) for x in map(jax.typeof, args))
-        jaxpr = _meaning(avals, *exchange[:3])
+        jaxpr = _meaning(avals, encoding, site["placement"], site["n"])
     return encoded_sum_p.bind(
-        *args,
-        jaxpr=jaxpr,
-        exchange=exchange,
-        placement=exchange.placement,
-        n=exchange.n,
-        mesh=exchange.mesh,
+        *args, jaxpr=jaxpr, encoding=encoding, specs=specs, **site
     )
 
 
@@ -104,9 +88,9 @@ def _as_meant(
     return [reduce_sum_p.bind(x, **site) for x in rounded]
 
 
-def _abstract_eval(*avals: Any, jaxpr, exchange, placement, n, mesh):
+def _abstract_eval(*avals: Any, jaxpr, encoding, specs, placement, n, mesh):
     results = []
-    for aval, spec in zip(avals, exchange.specs, strict=False):
+    for aval, spec in zip(avals, specs, strict=False):  # There may be a key.
         summed = mapped_aval(n, 0, aval)
         if _mesh.is_explicit(mesh) and spec is not None:
             sharding: Any = NamedSharding(aval.sharding.mesh, spec)
@@ -115,295 +99,44 @@ def _abstract_eval(*avals: Any, jaxpr, exchange, placement, n, mesh):
     return results
 
 
-def _run(*args, jaxpr, exchange, placement, n, mesh):
+def _run(*args, jaxpr, encoding, specs, placement, n, mesh):
     if mesh is None:
         return as_fun(jaxpr)(*args)
-    k = len(exchange.specs)
-    key = args[k] if exchange.encoding.takes_key else jnp.zeros(0)
-    sums = _over_mesh(exchange, args[:k], key)
+    key = args[-1] if encoding.takes_key else jnp.zeros(0)
+    exchange = _exchange.Exchange(encoding, placement, n, mesh, specs)
+    sums = _exchange.sums(exchange, args[: len(specs)], key)
     return [
-        _mesh.constrained(x, spec, mesh)
-        for x, spec in zip(sums, exchange.specs, strict=True)
+        _mesh.constrained(x, spec, mesh) for x, spec in zip(sums, specs, strict=True)
     ]
 
 
-def _jvp(primals, tangents, **params):
-    sums = encoded_sum_p.bind(*primals, **params)
-    exchange = params["exchange"]
-    site = exchange._asdict()
-    site = {key: site[key] for key in ("placement", "n", "mesh")}
+def _jvp(primals, tangents, *, specs, placement, n, mesh, **params):
+    site: Any = dict(placement=placement, n=n, mesh=mesh)
+    sums = encoded_sum_p.bind(*primals, specs=specs, **site, **params)
     out_tangents = []
-    for total, dx, spec in zip(sums, tangents, exchange.specs, strict=False):
+    for total, dx, spec in zip(sums, tangents, specs, strict=False):
         if isinstance(dx, ad.Zero):
             dy: Any = ad.Zero(jax.typeof(total).to_tangent_aval())
         else:
-            dy = reduce_sum_p.bind(dx, **site)
-            dy = _mesh.constrained(dy, spec, exchange.mesh)
+            dy = _mesh.constrained(reduce_sum_p.bind(dx, **site), spec, mesh)
         out_tangents.append(dy)
     return sums, out_tangents
 
 
-def _batch(axis_data, args, dims, **params):
+def _batch(axis_data, args, dims, *, jaxpr, encoding, specs, placement, n, mesh):
     """The vmap of what it means: over a mesh, XLA then sends what it will."""
     if all(dim is None for dim in dims):
-        outs = encoded_sum_p.bind(*args, **params)
-        return outs, [None] * len(outs)
-    fn = functools.partial(_as_meant, *params["exchange"][:4])
-    return jax.vmap(fn, tuple(dims), axis_size=axis_data.size)(*args), [0] * (
-        len(params["exchange"].specs)
-    )
+        site: Any = dict(placement=placement, n=n, mesh=mesh)
+        params: Any = dict(jaxpr=jaxpr, encoding=encoding, specs=specs, **site)
+        return encoded_sum_p.bind(*args, **params), [None] * len(specs)
+    fn = functools.partial(_as_meant, encoding, placement, n, mesh)
+    outs = jax.vmap(fn, tuple(dims), axis_size=axis_data.size)(*args)
+    return outs, [0] * len(specs)
 
 
-encoded_sum_p.def_impl(
-    jax.jit(_run, static_argnames=("jaxpr", "exchange", "placement", "n", "mesh"))
-)
+_PARAMS = "jaxpr", "encoding", "specs", "placement", "n", "mesh"
+encoded_sum_p.def_impl(jax.jit(_run, static_argnames=_PARAMS))
 encoded_sum_p.def_abstract_eval(_abstract_eval)
 mlir.register_lowering(encoded_sum_p, mlir.lower_fun(_run, multiple_results=True))
 ad.primitive_jvps[encoded_sum_p] = _jvp
 batching.fancy_primitive_batchers[encoded_sum_p] = _batch
-
-
-#
-# Over a mesh. Each of the s shards of the placement's axis sums what its elements send.
-#
-# As bfloat16 these sums are all-reduced, 2 bytes for each value instead of 4. A sum of
-# int8 is none, so it goes in two steps, as a ring's all-reduce does: every shard gets
-# its part of the blocks from all others (all-to-all), sums and encodes them, and gives
-# that to all (all-gather). Each step sends (s - 1) / s of a byte for each value, where
-# an all-reduce of float32 sends twice that of 4 bytes. A sum that is to be sharded over
-# the placement's axis needs the first step alone, as a reduce-scatter does.
-#
-def _over_mesh(exchange: Exchange, xs: Any, key: Any) -> list[Any]:
-    encoding, name, _, mesh, specs = exchange
-    if isinstance(encoding, BFloat16):
-        pairs = zip(xs, specs, strict=True)
-        sums = [_sum_bfloat16(exchange, encoding, x, spec) for x, spec in pairs]
-    else:
-        local = functools.partial(_sums_int8, exchange, encoding)
-        sums = _in_shards(local, exchange, xs, specs, key)
-    return sums
-
-
-def _in_shards(
-    local: Any, exchange: Exchange, xs: Any, specs: Sequence[Any], key: Any
-) -> list[Any]:
-    """Calls what one shard does with its elements `[m, ...]`, and the key."""
-    _, name, _, mesh, _ = exchange
-    is_free = all(spec is None for spec in specs)
-    axes = {
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual and (axis == name or not is_free)
-    }
-    others = [_without(name, spec) for spec in specs]
-    ins = [P(name, *spec) for spec in others]
-    if _mesh.is_explicit(mesh):
-        xs = [
-            jax.sharding.reshard(x, NamedSharding(mesh, spec))
-            for x, spec in zip(xs, ins, strict=True)
-        ]
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(P(), *ins),
-        out_specs=[
-            other if _scattered(name, spec) is None else spec
-            for other, spec in zip(others, specs, strict=True)
-        ],
-        axis_names=axes,
-        check_vma=False,
-    )(key, *xs)
-
-
-def _without(name: str, spec: Any) -> P:
-    """A spec without the placement's axis."""
-    kept = [tuple(axis for axis in axes if axis != name) for axes in _by_axis(spec)]
-    return P(*(axes or None for axes in kept))
-
-
-def _scattered(name: str, spec: Any) -> int | None:
-    """The axis of an array that shards have parts of.
-
-    They have them of what other mesh axes leave there. So if the placement's axis is
-    not the last of several, it is none: the sum is computed whole, and then cut.
-    """
-    last = [axes[-1:] for axes in _by_axis(spec)]
-    return last.index((name,)) if (name,) in last else None
-
-
-def _by_axis(spec: Any) -> list[tuple[str, ...]]:
-    """The mesh axes over which each axis of an array is sharded."""
-    of_axes: list[Any] = [] if spec is None else [*spec]
-    return [
-        () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-        for axes in of_axes
-    ]
-
-
-def _parts(x: Any, s: int, dim: int) -> Any:
-    """The parts of an axis, along a new first one."""
-    return jnp.stack(jnp.split(x, s, axis=dim))
-
-
-def _sum_bfloat16(exchange: Exchange, encoding: BFloat16, x: Any, spec: Any) -> Any:
-    _, name, n, mesh, _ = exchange
-    (sent,) = encoding.rounded([x], None)
-    if mesh.shape[name] == 1:  # Nothing is sent on.
-        return jnp.sum(sent, axis=0)
-    if n > mesh.shape[name]:
-        parts = jnp.sum(_mesh.split(sent, name, mesh), axis=1)
-        (sent,) = encoding.rounded([parts], None)
-    sent = sent.astype(jnp.bfloat16)
-    dim = _scattered(name, spec)
-    if dim is None:  # jnp.sum would add in float32.
-        total = _mesh.constrained(lax.reduce_sum(sent, (0,)), spec, mesh)
-        return total.astype(x.dtype)
-
-    def local(_, part):
-        # As many bytes as a reduce-scatter, of which XLA may make an all-reduce; and
-        # the sum is not rounded on the way.
-        apart = _parts(part[0], mesh.shape[name], dim)
-        received = lax.all_to_all(apart, name, 0, 0)
-        return [jnp.sum(received.astype(x.dtype), axis=0)]
-
-    (total,) = _in_shards(local, exchange, [sent], [spec], jnp.zeros(0))
-    return total
-
-
-class _Unit(NamedTuple):
-    """Arrays that are exchanged together.
-
-    Those that are to be whole are in one unit, however they share the blocks that a
-    device gets. One that is to stay cut is a unit by itself.
-    """
-
-    leaves: list[int]
-    lengths: list[int]  # In blocks, of all devices together.
-    key: Any
-    sent: tuple[Any, Any]  # Int8 and scales, [s, blocks, _].
-
-
-def _sums_int8(exchange: Exchange, encoding: Int8, key: Any, *xs: Any) -> list[Any]:
-    """What one shard does, for all arrays at once."""
-    _, name, n, mesh, specs = exchange
-    s, shard = mesh.shape[name], lax.axis_index(name)
-    dims = [_scattered(name, spec) for spec in specs]
-    groups = _groups(exchange, key)
-    if s == 1:  # Nothing is sent on.
-        return _sums_of_rounded(encoding, groups, xs, shard)
-    units = _units(exchange, encoding, groups, dims, xs)
-    received = [
-        lax.all_to_all(jnp.concatenate(a, axis=1), name, 0, 0)
-        for a in zip(*(unit.sent for unit in units), strict=True)
-    ]
-    lengths = [unit.sent[0].shape[1] for unit in units]
-    summed = cut(jnp.sum(encoding.decode(*received), axis=0), lengths)
-    # What is to be whole is encoded again, and given to all.
-    whole = [k for k, unit in enumerate(units) if dims[unit.leaves[0]] is None]
-    if whole:
-        own_keys = [jax.random.fold_in(units[k].key, 2 * n) for k in whole]
-        again = [
-            encoding.encode(summed[k], jax.random.fold_in(own_key, shard))
-            for k, own_key in zip(whole, own_keys, strict=True)
-        ]
-        gathered = [
-            lax.all_gather(jnp.concatenate(a), name) for a in zip(*again, strict=True)
-        ]
-        found = cut(encoding.decode(*gathered), [lengths[k] for k in whole], axis=1)
-        for k, of_all in zip(whole, found, strict=True):
-            summed[k] = of_all.reshape(-1, encoding.block_size)
-    results: dict[int, Any] = {}
-    for unit, blocks in zip(units, summed, strict=True):
-        parts = [blocks]
-        if dims[unit.leaves[0]] is None:  # Without what filled it up.
-            parts = cut(blocks[: sum(unit.lengths)], unit.lengths)
-        for i, part in zip(unit.leaves, parts, strict=True):
-            shape, dim = list(xs[i].shape[1:]), dims[i]
-            if dim is not None:
-                shape[dim] //= s
-            values = part.reshape(-1)[: math.prod(shape)]
-            results[i] = values.reshape(shape).astype(xs[i].dtype)
-    return [results[i] for i in range(len(xs))]
-
-
-def _groups(exchange: Exchange, key: Any) -> list[tuple[Any, list[int]]]:
-    """Arrays that the same other axes shard, by number, with a key for each group.
-
-    Devices that have unlike parts of an array round them with unlike keys, and those
-    that have the same part with the same key.
-    """
-    by_axes: dict[tuple[str, ...], list[int]] = {}
-    for i, spec in enumerate(exchange.specs):
-        names = {name for axes in _by_axis(spec) for name in axes}
-        by_axes.setdefault((*sorted(names - {exchange.placement}),), []).append(i)
-    groups = []
-    for number, (names, leaves) in enumerate(by_axes.items()):
-        own_key = key
-        if names:
-            own_key = jax.random.fold_in(key, 3 * exchange.n + number)
-        for name in names:
-            own_key = jax.random.fold_in(own_key, lax.axis_index(name))
-        groups.append((own_key, leaves))
-    return groups
-
-
-def _sums_of_rounded(
-    encoding: Int8,
-    groups: Sequence[tuple[Any, list[int]]],
-    xs: Sequence[Any],
-    shard: Any,
-) -> list[Any]:
-    """What a shard has of all its elements `[m, ...]`, as they send it."""
-    m = len(xs[0])
-    elements = shard * m + jnp.arange(m, dtype="int32")
-    sums: dict[int, Any] = {}
-    for key, leaves in groups:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, elements)
-        rounded = jax.vmap(encoding.rounded)([xs[i] for i in leaves], keys)
-        sums.update(zip(leaves, (jnp.sum(x, axis=0) for x in rounded), strict=True))
-    return [sums[i] for i in range(len(xs))]
-
-
-def _units(
-    exchange: Exchange,
-    encoding: Int8,
-    groups: Sequence[tuple[Any, list[int]]],
-    dims: Sequence[int | None],
-    xs: Sequence[Any],
-) -> list[_Unit]:
-    """What a shard sends of arrays `[m, ...]`.
-
-    One element is encoded just as it is without a mesh, if no array is cut. What is the
-    sum of several, each of them rounded, is encoded once more.
-    """
-    _, name, n, mesh, _ = exchange
-    m, shard, s = len(xs[0]), lax.axis_index(name), mesh.shape[name]
-    totals = [x[0] for x in xs]
-    if m > 1:
-        totals = _sums_of_rounded(encoding, groups, xs, shard)
-
-    def blocks_of(i):
-        dim = dims[i]
-        if dim is None:
-            return encoding.blocks(totals[i].reshape(-1))
-        # Part j of the axis is for shard j.
-        apart = jax.vmap(encoding.blocks)(_parts(totals[i], s, dim).reshape(s, -1))
-        return apart.reshape(-1, encoding.block_size)
-
-    units = []
-    for key, leaves in groups:
-        whole = [i for i in leaves if dims[i] is None]
-        together = [whole] * bool(whole) + [[i] for i in leaves if dims[i] is not None]
-        blocks = [[blocks_of(i) for i in of_unit] for of_unit in together]
-        all_blocks = jnp.concatenate([x for of_unit in blocks for x in of_unit])
-        own_key = jax.random.fold_in(key, shard if m == 1 else n + shard)
-        encoded = encoding.encode(all_blocks, own_key)
-        lengths = [[len(x) for x in of_unit] for of_unit in blocks]
-        parts = [cut(a, [*map(sum, lengths)]) for a in encoded]
-        for k, of_unit in enumerate(together):
-            fill = ((0, -sum(lengths[k]) % s), (0, 0))
-            integers, scales = (
-                jnp.pad(a[k], fill).reshape(s, -1, a[k].shape[-1]) for a in parts
-            )
-            units.append(_Unit(of_unit, lengths[k], key, (integers, scales)))
-    return units

@@ -160,22 +160,14 @@ def _stated(
     what: str, specs: Any, tree: Any, variables: list[Any], straight: Straight
 ) -> dict[int, At | None]:
     """What is said of some leaves, by position: where they are placed, or None."""
-
-    def is_leaf(x):
-        return x is None or isinstance(x, PartitionSpec)
-
-    def repeated(spec, subtree):
-        return [spec] * len(jax.tree.leaves(subtree))
-
     full = jax.tree.unflatten(tree, range(len(variables)))
     try:
-        of_leaves = jax.tree.map(repeated, specs, full, is_leaf=is_leaf)
+        leaves = _mesh.specs_of_leaves(specs, full)
     except ValueError as e:
         raise ValueError(
             f"drjax.make_plan: {what} are {specs}, which is no prefix of the tree "
             f"{tree}. Give a tuple with a PartitionSpec or None for each argument."
         ) from e
-    leaves = jax.tree.leaves(of_leaves, is_leaf=is_leaf)
     stated: dict[int, At | None] = {}
     for i, (spec, v) in enumerate(zip(leaves, variables, strict=True)):
         if spec is None:

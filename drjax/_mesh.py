@@ -195,6 +195,26 @@ def constrained(x: Any, spec: Any, mesh: Mesh | None) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def specs_of_leaves(specs: Any, tree: Any) -> list[Any]:
+    """For each leaf of a tree, what stands for it in a prefix of the tree.
+
+    A `PartitionSpec` or None there stands for all leaves below it. What is something
+    else is the caller's to refuse.
+
+    Raises:
+      ValueError: if it is no prefix.
+    """
+
+    def is_spec(x):
+        return x is None or isinstance(x, P)
+
+    def repeated(spec, subtree):
+        return [spec] * len(jax.tree.leaves(subtree))
+
+    of_leaves = jax.tree.map(repeated, specs, tree, is_leaf=is_spec)
+    return jax.tree.leaves(of_leaves, is_leaf=is_spec)
+
+
 def shards(placement: str, mesh: Mesh | None) -> int:
     """Over how many shards the elements of a placement are spread."""
     return 1 if mesh is None else mesh.shape[placement]

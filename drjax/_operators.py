@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from drjax import _compat, _map, _mesh, _program
 from drjax import _map_derivatives as _map_derivatives  # Registers map_p's rules.
-from drjax._encoded_sum import Exchange, encoded_sum
+from drjax._encoded_sum import encoded_sum
 from drjax._encodings import Encoding
 from drjax._jaxprs import is_eager, trace, unique
 from drjax._primitives import (
@@ -307,8 +307,8 @@ def reduce_weighted_mean(
         that is a prefix of `x`. The gradient is zero there. Without it, the result is
         NaN there, as with `jnp.average`.
       encoding: what floats are sent as, a `BFloat16` or an `Int8`; None for as they
-        are. Weights are sent as they
-        are. Derivatives are those of the exact sums, and are not encoded.
+        are. Weights are sent as they are. Derivatives are those of the exact sums, and
+        are not encoded.
       key: of what an encoding draws; it folds in the position of an element.
       out_sharding: a `jax.sharding.PartitionSpec`, or a pytree of them that is a prefix
         of `x`: how the results are sharded over a mesh. With the placement's axis in
@@ -586,7 +586,7 @@ def _sums(site: _Site, sent: _Sent, xs: Any, given: Any, key: Any) -> list[Any]:
             pairs = zip(specs, own, strict=True)
             specs = tuple(b if a is None else a for a, b in pairs)
         key = key if encoding.takes_key else None
-        found = encoded_sum(wide, key, Exchange(encoding, *site, specs))
+        found = encoded_sum(wide, key, encoding, specs, site._asdict())
         sums = {i: x.astype(xs[i].dtype) for i, x in zip(ours, found, strict=True)}
     for i, x in enumerate(xs):
         if i not in sums:
@@ -654,6 +654,8 @@ def _sent(
     mesh: _mesh.Mesh | None,
 ) -> tuple[_Sent, Any]:
     """Checks how values are to be sent; also returns the key, of the type for keys."""
+    if encoding is None and key is None and out_sharding is None:
+        return _Sent(None, (None,) * len(_leaves(x)), None), None
     over = f"drjax.{operator_name} over {site.placement!r}"
     if encoding is not None and not isinstance(encoding, Encoding):
         raise TypeError(
@@ -690,22 +692,14 @@ def _sent(
 
 def _specs(over: str, x: Any, out_sharding: Any) -> tuple[Any, ...]:
     """For each leaf of `x` the PartitionSpec that stands for it."""
-
-    def is_spec(spec):
-        return spec is None or isinstance(spec, P)
-
-    def repeated(spec, subtree):
-        return [spec] * len(jax.tree.leaves(subtree))
-
     try:
-        of_leaves = jax.tree.map(repeated, out_sharding, x, is_leaf=is_spec)
+        specs = tuple(_mesh.specs_of_leaves(out_sharding, x))
     except ValueError as error:
         raise ValueError(
             f"{over}: `out_sharding` is one PartitionSpec, or a pytree of them that is "
             f"a prefix of the values, but got {out_sharding}."
         ) from error
-    specs = tuple(jax.tree.leaves(of_leaves, is_leaf=is_spec))
-    if not all(map(is_spec, specs)):
+    if not all(spec is None or isinstance(spec, P) for spec in specs):
         raise TypeError(
             f"{over}: `out_sharding` is to be a jax.sharding.PartitionSpec, or a "
             f"pytree of them, but got {out_sharding}."

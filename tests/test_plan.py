@@ -490,7 +490,9 @@ def test_a_linear_solve_of_each_element_is_planned(run):
 @ENGINE
 def test_placements_of_one_name_and_two_sizes_are_two(run):
     if run is ENGINES["federated"]:
-        pytest.skip("federated.simulate refuses two numbers of clients, and is tested so")
+        pytest.skip(
+            "federated.simulate refuses two numbers of clients, and is tested so"
+        )
 
     def fn(x, y):
         first = program(lambda x: drjax.reduce_mean(drjax.map_fn(jnp.sin, x)))
