@@ -34,8 +34,8 @@ def fedsgd(
     """Makes federated SGD: each client gives the gradient of all its examples.
 
     A client is sent the parameters, and sends back a gradient, of their size, and three
-    numbers at most. The metrics are `loss`, the
-    mean over the examples, and `update_norm`, the norm of the mean gradient.
+    numbers at most. The metrics are `loss`, the mean over the examples, and
+    `update_norm`, the norm of the mean gradient.
 
     Args:
       loss: `(params, examples) -> [batch]`, the loss of each example, where the leaves
@@ -78,19 +78,7 @@ def fedsgd(
         @drjax.program(clients=len(batch.count))
         def run(state, batch):
             weights = weights_of(batch.count)
-
-            # The gradient of a sum over clients: drjax makes it one product over the
-            # examples of many of them, where clients' own gradients would be many.
-            def objective(params):
-                def client_loss(own, weight):
-                    examples = whole(own.count, len(own.mask))
-                    mean, total = mean_loss(loss, params, own.data, examples)
-                    return weight * mean, total
-
-                weighted, totals = drjax.map_fn(client_loss, (batch, weights))
-                return drjax.reduce_sum(weighted), drjax.reduce_sum(totals)
-
-            grads, total = jax.grad(objective, has_aux=True)(state.params)
+            grads, total = gradient_of_sum(loss, state.params, batch, weights)
             weight, met = drjax.reduce_sum((weights, batch.count))
             update = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
             metrics = metrics_of(update, total / jnp.maximum(met, 1))
@@ -99,6 +87,27 @@ def fedsgd(
         return run(state, batch)
 
     return stateless(call, server_optimizer, round)
+
+
+def gradient_of_sum(
+    loss: Loss, params: Any, batch: Batch, weights: Any
+) -> tuple[Any, Any]:
+    """The gradient of the clients' weighted mean losses, summed, and all losses' sum.
+
+    As that of a sum over clients: drjax makes it one product over the examples of many
+    of them, where clients' own gradients would be many.
+    """
+
+    def objective(params: Any) -> tuple[Any, Any]:
+        def client_loss(own: Any, weight: Any) -> tuple[Any, Any]:
+            examples = whole(own.count, len(own.mask))
+            mean, total = mean_loss(loss, params, own.data, examples)
+            return weight * mean, total
+
+        weighted, totals = drjax.map_fn(client_loss, (batch, weights))
+        return drjax.reduce_sum(weighted), drjax.reduce_sum(totals)
+
+    return jax.grad(objective, has_aux=True)(params)
 
 
 def fedavg(

@@ -10,14 +10,12 @@ from jax.core import Tracer
 
 import drjax
 from federated._algorithm import Algorithm
-from federated._averaging import averaged, training, weights_by
+from federated._averaging import averaged, gradient_of_sum, training, weights_by
 from federated._local import (
     Loss,
     check_counts,
     checked,
     checked_params,
-    mean_loss,
-    whole,
 )
 
 CLIENT, SERVER, MOMENTUM = "client_learning_rate", "server_learning_rate", "momentum"
@@ -150,16 +148,9 @@ def self_tuning_fedavg(
         """The gradient of the cohort's loss."""
         weights = weights_of(batch.count)
 
-        # That of a sum takes one round; the sum is divided when it is back.
-        def total(params):
-            def of_client(own, weight):
-                examples = whole(own.count, len(own.mask))
-                return weight * mean_loss(loss, params, own.data, examples)[0]
-
-            return drjax.reduce_sum(drjax.map_fn(of_client, (batch, weights)))
-
+        grads, _ = gradient_of_sum(loss, params, batch, weights)
         weight = jnp.maximum(drjax.reduce_sum(weights), 1)
-        return _times(1 / weight, jax.grad(total)(params))
+        return _times(1 / weight, grads)
 
     def round(state, batch, key):
         @drjax.program(clients=len(batch.count))

@@ -1,13 +1,40 @@
-"""What the tests share: functions of arrays, comparing, and reading jaxprs."""
+"""What the tests share: functions of arrays, comparing, meshes, and what was traced."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
 
 from drjax._map import map_p
 
 PREFIX = "drjax_"
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+KINDS = pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+COLLECTIVE = re.compile(
+    r"= (\S+|\([^)]*\)) "
+    r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def make_mesh(kind, **axes):
+    return jax.make_mesh((*axes.values(),), (*axes,), axis_types=(kind,) * len(axes))
+
+
+def arrays_exchanged(compiled):
+    """Of each collective of a compiled program, its kind and its `(dtype, size)`s."""
+    found = []
+    for shapes, kind in COLLECTIVE.findall(compiled.as_text() or ""):
+        arrays = [
+            (dtype, math.prod(map(int, filter(None, dims.split(",")))))
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        ]
+        found.append((kind, arrays))
+    return found
 
 
 def equations(fn, *args):

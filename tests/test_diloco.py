@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,18 +140,15 @@ def test_replicas_that_keep_all_of_their_own_train_alone(params):
 #
 # Streaming, as the paper writes it: step by step.
 #
+def streaming_by(fragments, delay, mixing=0.5):
+    how: Any = dict(fragments=fragments, delay=delay, mixing=mixing)
+    return diloco.streaming(loss, INNER, OUTER, replicas=REPLICAS, **how)
+
+
 @pytest.mark.parametrize("fragments, delay", [(1, 0), (1, 6), (2, 1), (2, 3), (3, 2)])
 def test_streaming_is_what_the_paper_says(params, fragments, delay):
     mixing, steps, rounds = 0.3, 6, examples(steps=6)
-    streaming = diloco.streaming(
-        loss,
-        INNER,
-        OUTER,
-        replicas=REPLICAS,
-        fragments=fragments,
-        delay=delay,
-        mixing=mixing,
-    )
+    streaming = streaming_by(fragments, delay, mixing)
     got, _ = trained(streaming, params, rounds)
 
     take, put = (
@@ -203,15 +201,7 @@ def test_fragments_are_the_parameters_each_once(params, count):
 
 @pytest.mark.parametrize("fragments, delay", [(4, 0), (2, 4)])
 def test_fragments_that_do_not_fit_the_steps_are_an_error(params, fragments, delay):
-    streaming = diloco.streaming(
-        loss,
-        INNER,
-        OUTER,
-        replicas=REPLICAS,
-        fragments=fragments,
-        delay=delay,
-        mixing=0.5,
-    )
+    streaming = streaming_by(fragments, delay)
     with pytest.raises(ValueError, match=f"6 steps, {fragments} fragments and a delay"):
         trained(streaming, params, examples(steps=6))
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
-from jax.sharding import AxisType, NamedSharding
+from helpers import AUTO, KINDS, arrays_exchanged, assert_close, make_mesh
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import drjax
@@ -154,7 +154,7 @@ def test_gaps_in_a_tree_stay():
     for encoding in None, INT8:
         for spec in None, P():
             for axes in dict(clients=1), dict(clients=4):
-                with jax.set_mesh(make_mesh(AxisType.Auto, **axes)):
+                with jax.set_mesh(make_mesh(AUTO, **axes)):
                     got = total(encoding, spec)(tree, KEY)
                 assert got["gap"] is None
                 assert got["x"].shape == (4, 4)
@@ -251,7 +251,6 @@ def test_a_gradient_sends_what_it_sends_without():
 #
 # Over a mesh.
 #
-KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 MESH = dict(clients=4, model=2)
 TREE = {
     "matrix": jax.random.normal(jax.random.key(2), (N, 24, 16)),
@@ -261,10 +260,6 @@ WHOLE = {"matrix": P(None, "model"), "bias": P()}
 SCATTERED = {"matrix": P("clients", "model"), "bias": P(("model", "clients"))}
 LATER = {"matrix": P("model", "clients"), "bias": P("clients")}
 CLIENTS_FIRST = {"matrix": P(("clients", "model")), "bias": P(("clients", "model"))}
-
-
-def make_mesh(kind, **axes):
-    return jax.make_mesh((*axes.values(),), (*axes,), axis_types=(kind,) * len(axes))
 
 
 def on_mesh(kind, specs, encoding, tree=TREE, n=N, axes=MESH):
@@ -352,7 +347,7 @@ def test_meshes_may_change(kind):
 @pytest.mark.parametrize("encoding", [BFLOAT16, INT8], ids=str)
 @pytest.mark.parametrize("spec", [P(), P("clients")])
 def test_a_given_mesh_is_used_though_nothing_is_on_it(encoding, spec):
-    mesh = make_mesh(AxisType.Auto, clients=4)
+    mesh = make_mesh(AUTO, clients=4)
     x = TREE["matrix"]
 
     @drjax.program(clients=N)
@@ -399,7 +394,7 @@ def test_results_and_tangents_are_sharded_as_is_said(kind, encoding, axes):
 
 
 def test_a_mesh_without_the_placement_shards_results_too():
-    mesh = make_mesh(AxisType.Auto, model=8)
+    mesh = make_mesh(AUTO, model=8)
     with jax.set_mesh(mesh):
         for encoding in None, BFLOAT16, INT8:
             got = jax.jit(total(encoding, P("model")))(TREE["matrix"], KEY)
@@ -426,20 +421,13 @@ def test_in_a_mapped_function_elements_are_rounded_just_so(kind, encoding):
         assert_close(jax.jit(run)(placed, KEY), want)
 
 
-COLLECTIVE = re.compile(
-    r"= (\S+|\([^)]*\)) "
-    r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-
-
 def collectives(compiled):
-    """The kind of each, and its type and size."""
-    found = []
-    for shapes, kind in COLLECTIVE.findall(compiled.as_text() or ""):
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            size = math.prod(map(int, filter(None, dims.split(","))))
-            found.append((kind, dtype, size))
-    return found
+    """The kind of each, and its type and size, array by array."""
+    return [
+        (kind, *array)
+        for kind, arrays in arrays_exchanged(compiled)
+        for array in arrays
+    ]
 
 
 @KINDS
@@ -474,7 +462,7 @@ TREE_OF_ONE = {"matrix": TREE["matrix"]}
 
 def test_within_pods_first_and_then_across():
     """The sum in a pod is exact, and what goes between pods is int8."""
-    mesh = make_mesh(AxisType.Auto, pods=2, clients=4)
+    mesh = make_mesh(AUTO, pods=2, clients=4)
     x = jax.random.normal(jax.random.key(4), (2, 4, 64))
 
     @drjax.program(placements={"pods": 2, "clients": 4})
@@ -524,7 +512,7 @@ def test_wrong_options_are_errors(name, options, error, message):
 
 def test_int8_has_to_know_how_a_mesh_cuts_arrays():
     with (
-        jax.set_mesh(make_mesh(AxisType.Auto, **MESH)),
+        jax.set_mesh(make_mesh(AUTO, **MESH)),
         pytest.raises(ValueError, match=r"'model': 2.*out_sharding"),
     ):
         jax.jit(total(INT8))(TREE, KEY)
@@ -535,7 +523,7 @@ def test_int8_has_to_know_how_a_mesh_cuts_arrays():
 def test_a_sharding_has_to_fit(spec, encoding):
     """7 rows over 2 devices do not."""
     with (
-        jax.set_mesh(make_mesh(AxisType.Auto, **MESH)),
+        jax.set_mesh(make_mesh(AUTO, **MESH)),
         pytest.raises(
             ValueError, match=r"^drjax\.reduce_sum .*`out_sharding`.*\(7, 5\)"
         ),

@@ -2,8 +2,6 @@
 
 import contextlib
 import itertools
-import math
-import re
 import types
 import warnings
 from typing import Any
@@ -12,25 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, every, gradient, of_floats
-from jax.sharding import AxisType, NamedSharding
+from helpers import (
+    AUTO,
+    EXPLICIT,
+    KINDS,
+    arrays_exchanged,
+    assert_close,
+    every,
+    gradient,
+    make_mesh,
+    of_floats,
+)
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import PROGRAMS, Program
 
 import drjax
 
 N, PODS, CLIENTS = 8, 2, 4
-AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
-KINDS = pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 AXES = {
     "1d": dict(clients=8),
     "2d": dict(clients=4, model=2),
     "3d": dict(clients=2, data=2, model=2),
 }
-
-
-def make_mesh(kind, **axes):
-    return jax.make_mesh((*axes.values(),), (*axes,), axis_types=(kind,) * len(axes))
 
 
 def put(mesh, x, *spec):
@@ -52,23 +54,16 @@ def specs(tree):
 #
 # Collectives: kind and bytes of each, as compiled.
 #
-COLLECTIVE = re.compile(
-    r"= (\S+|\([^)]*\)) "
-    r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
 BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
 def compile_and_run(fn, *args):
     """What a function returns, and the `(kind, bytes)` of every collective it needs."""
     compiled = jax.jit(fn).lower(*args).compile()
-    found = []
-    for shapes, kind in COLLECTIVE.findall(compiled.as_text() or ""):
-        size = sum(
-            BYTES[dtype] * math.prod(map(int, filter(None, dims.split(","))))
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        )
-        found.append((kind, size))
+    found = [
+        (kind, sum(BYTES[dtype] * size for dtype, size in arrays))
+        for kind, arrays in arrays_exchanged(compiled)
+    ]
     return compiled(*args), sorted(found)
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
-from test_sharding import COLLECTIVE, KINDS, make_mesh, put, spec
+from helpers import KINDS, arrays_exchanged, assert_close, make_mesh
+from test_sharding import put, spec
 
 import drjax
 
@@ -80,7 +80,7 @@ def test_a_mesh_gives_the_result_and_chunks_do_not_communicate(kind, axes, size,
     if name == "itself" and axes != "one shard":
         assert jax.tree.map(spec, got) == expected
     for round_, compiled in steps(run):
-        kinds = {kind for _, kind in COLLECTIVE.findall(compiled.as_text())}
+        kinds = {kind for kind, _ in arrays_exchanged(compiled)}
         assert kinds <= ({"all-reduce"} if "model" in MESHES[axes] else set())
         assert round_.devices == MESHES[axes]["clients"]
 
@@ -92,7 +92,7 @@ def test_devices_are_put_together_once():
         run(W, put(mesh, XS, "clients"))
         for round_, _ in steps(run):
             finish = round_._finish.lower([round_._start(0)]).compile()
-            kinds = [kind for _, kind in COLLECTIVE.findall(finish.as_text() or "")]
+            kinds = [kind for kind, _ in arrays_exchanged(finish)]
             assert kinds
             assert {*kinds} == {"all-reduce"}
 
