@@ -3,6 +3,8 @@
 Each of them makes an `Algorithm` from a loss `(params, examples) -> mean loss` and
 optimizers of optax. A round takes placed examples, `[replicas, steps, ...]`: those of
 each step of each replica. What the optimizers of the replicas keep stays with them.
+What moves the model is a mean over replicas, `mean(changes, key=key)`: one that sends
+fewer bytes draws by the key, as `drjax.reduce_mean` does with an encoding.
 
 References:
   Douillard et al., DiLoCo: Distributed Low-Communication Training of Language Models,
@@ -40,14 +42,17 @@ class Algorithm(NamedTuple):
 
     Args:
       init: `params -> state`.
-      round: `(state, examples) -> (state, losses)`, with the mean of each replica's
-        steps. They stay placed: to average them here would delay who waits for it.
+      round: `(state, examples, key) -> (state, losses)`, with the mean of the steps of
+        each replica. They stay placed: to average them would delay who waits for it.
       placements: names and sizes, the leading axes of what is placed.
     """
 
     init: Callable[..., Any]
     round: Callable[..., Any]
     placements: dict[str, int]
+
+
+Mean = Callable[..., Any]
 
 
 def train(loss: Any, optimizer: Any, params: Any, kept: Any, examples: Any) -> Any:
@@ -77,14 +82,16 @@ def stacked(tree: Any, *sizes: int) -> Any:
 #
 # DiLoCo.
 #
-def diloco(loss: Any, inner: Any, outer: Any, *, replicas: int) -> Algorithm:
+def diloco(
+    loss: Any, inner: Any, outer: Any, *, replicas: int, mean: Mean = drjax.reduce_mean
+) -> Algorithm:
     """Replicas take the steps of a round by themselves; the server averages."""
 
     def init(params: Any) -> State:
         return State(params, outer.init(params), stacked(inner.init(params), replicas))
 
     @drjax.program(replicas=replicas)
-    def run(state: State, examples: Any) -> Any:
+    def run(state: State, examples: Any, key: Any) -> Any:
         def local_steps(params: Any, kept: Any, examples: Any) -> Any:
             trained, kept, losses = train(loss, inner, params, kept, examples)
             return optax.tree.sub(params, trained), kept, losses.mean()
@@ -93,7 +100,7 @@ def diloco(loss: Any, inner: Any, outer: Any, *, replicas: int) -> Algorithm:
         changes, kept, losses = drjax.map_fn(
             local_steps, (sent, state.replicas, examples)
         )
-        change = drjax.reduce_mean(changes)
+        change = mean(changes, key=key)
         params, kept_outer = stepped(outer, state.params, state.outer, change)
         return State(params, kept_outer, kept), losses
 
@@ -143,6 +150,7 @@ def streaming(
     fragments: int,
     delay: int,
     mixing: float,
+    mean: Mean = drjax.reduce_mean,
 ) -> Algorithm:
     """DiLoCo by fragments, each of whose means arrives some steps after it was taken.
 
@@ -176,7 +184,7 @@ def streaming(
         )
 
     @drjax.program(replicas=replicas)
-    def run(state: State, examples: Any) -> Any:
+    def run(state: State, examples: Any, key: Any) -> Any:
         params, kept, replica = state
         kept, losses = [*kept], jnp.zeros(replicas)
         steps = jax.tree.leaves(examples)[0].shape[1]
@@ -195,7 +203,8 @@ def streaming(
             replica, more = drjax.map_fn(local_steps, (replica, before))
             losses += more
             changes = drjax.map_fn(functools.partial(change_of, i), (replica,))
-            change = drjax.reduce_mean(changes)  # Nothing needs it before the last two.
+            # Nothing needs it before the last two lines.
+            change = mean(changes, key=jax.random.fold_in(key, i))
             if delay:
                 replica, more = drjax.map_fn(local_steps, (replica, after))
                 losses += more
@@ -213,11 +222,19 @@ def streaming(
 # Pods of replicas.
 #
 def nested(
-    loss: Any, inner: Any, outer: Any, *, pods: int, replicas: int, pod_steps: int
+    loss: Any,
+    inner: Any,
+    outer: Any,
+    *,
+    pods: int,
+    replicas: int,
+    pod_steps: int,
+    mean: Mean = drjax.reduce_mean,
 ) -> Algorithm:
     """DiLoCo between pods, whose replicas average theirs after every few steps.
 
-    Examples are `[pods, replicas, steps, ...]`, `replicas` those of one pod.
+    Examples are `[pods, replicas, steps, ...]`, `replicas` those of one pod. Within a
+    pod, means are exact; `mean` is that of pods.
     """
 
     def init(params: Any) -> State:
@@ -236,7 +253,7 @@ def nested(
         return (drjax.reduce_mean(trained), kept), losses
 
     @drjax.program(pods=pods)
-    def run(state: State, examples: Any) -> Any:
+    def run(state: State, examples: Any, key: Any) -> Any:
         def pod(params: Any, kept: Any, examples: Any) -> Any:
             def in_turn(x: Any) -> Any:
                 x = x.reshape(x.shape[0], -1, pod_steps, *x.shape[2:])
@@ -248,7 +265,7 @@ def nested(
 
         sent = drjax.broadcast(state.params)
         changes, kept, losses = drjax.map_fn(pod, (sent, state.replicas, examples))
-        change = drjax.reduce_mean(changes)
+        change = mean(changes, key=key)
         params, kept_outer = stepped(outer, state.params, state.outer, change)
         return State(params, kept_outer, kept), losses
 
@@ -258,23 +275,27 @@ def nested(
 #
 # What they are compared with.
 #
-def data_parallel(loss: Any, inner: Any, *, replicas: int) -> Algorithm:
+def data_parallel(
+    loss: Any, inner: Any, *, replicas: int, mean: Mean = drjax.reduce_mean
+) -> Algorithm:
     """Synchronous training: each step averages the gradients of all replicas."""
 
     def init(params: Any) -> State:
         return State(params, inner.init(params), ())
 
     @drjax.program(replicas=replicas)
-    def run(state: State, examples: Any) -> Any:
-        def step(state: State, examples: Any) -> Any:
+    def run(state: State, examples: Any, key: Any) -> Any:
+        def step(state: State, at: Any) -> Any:
+            examples, key = at
             sent = drjax.broadcast(state.params)
             values, grads = drjax.map_fn(jax.value_and_grad(loss), (sent, examples))
-            grad = drjax.reduce_mean(grads)
+            grad = mean(grads, key=key)
             params, kept = stepped(inner, state.params, state.outer, grad)
             return State(params, kept, ()), values
 
         in_turn = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), examples)
-        state, losses = jax.lax.scan(step, state, in_turn)
+        keys = jax.random.split(key, jax.tree.leaves(in_turn)[0].shape[0])
+        state, losses = jax.lax.scan(step, state, (in_turn, keys))
         return state, losses.mean(0)
 
     return Algorithm(init, run, {"replicas": replicas})

@@ -38,6 +38,7 @@ from examples import diloco, plays_text, transformer
 PROMPT, WRITTEN, TEMPERATURE = "My lord, ", 300, 0.7
 SAVE_EVERY = 5  # Rounds.
 MODES = "diloco", "streaming", "nested", "data-parallel"
+ENCODINGS = {"none": None, "bfloat16": drjax.BFloat16(), "int8": drjax.Int8()}
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -62,6 +63,7 @@ class Settings:
     mixing: float = _option(0.5, "streaming: the part of its own a replica keeps")
     pods: int = _option(2, "nested: how many")
     pod_steps: int = _option(10, "nested: steps until a pod averages")
+    encoding: str = _option("none", "of what moves the model", choices=[*ENCODINGS])
     model_devices: int = _option(1, "so many share a model")
     seed: int = _option(0, "of the parameters and of what is drawn")
 
@@ -77,19 +79,34 @@ def make_algorithm(settings: Settings) -> diloco.Algorithm:
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99))
     outer = optax.sgd(s.outer_rate, momentum=s.momentum, nesterov=True)
     loss = functools.partial(transformer.loss, transformer.CONFIGS[s.model])
+    mean = mean_by(ENCODINGS[s.encoding], transformer.CONFIGS[s.model])
     match s.mode:
         case "diloco":
-            return diloco.diloco(loss, inner, outer, replicas=s.replicas)
+            return diloco.diloco(loss, inner, outer, replicas=s.replicas, mean=mean)
         case "streaming":
             parts: Any = dict(fragments=s.fragments, delay=s.delay, mixing=s.mixing)
-            return diloco.streaming(loss, inner, outer, replicas=s.replicas, **parts)
+            sizes: Any = dict(replicas=s.replicas, mean=mean)
+            return diloco.streaming(loss, inner, outer, **sizes, **parts)
         case "nested":
             if s.replicas % s.pods:
                 raise ValueError(f"{s.pods} pods do not divide {s.replicas} replicas.")
-            sizes: Any = dict(pods=s.pods, replicas=s.replicas // s.pods)
+            sizes = dict(pods=s.pods, replicas=s.replicas // s.pods, mean=mean)
             return diloco.nested(loss, inner, outer, **sizes, pod_steps=s.pod_steps)
         case _:
-            return diloco.data_parallel(loss, inner, replicas=s.replicas)
+            return diloco.data_parallel(loss, inner, replicas=s.replicas, mean=mean)
+
+
+def mean_by(encoding: Any, config: transformer.Config) -> diloco.Mean:
+    """The mean of changes of the parameters, or of some of them, as they are sent."""
+    if encoding is None:
+        return drjax.reduce_mean
+    specs = transformer.specs(config)
+
+    def mean(changes: Any, key: Any) -> Any:
+        own = {name: specs[name] for name in changes}
+        return drjax.reduce_mean(changes, encoding=encoding, key=key, out_sharding=own)
+
+    return mean
 
 
 def make_mesh(placements: dict[str, int], model_devices: int) -> jax.sharding.Mesh:
@@ -128,14 +145,14 @@ def shardings(mesh: jax.sharding.Mesh, state: diloco.State) -> diloco.State:
 
 
 def jitted_round(algorithm: diloco.Algorithm, split: diloco.State) -> Any:
-    """A jitted round, of `(*state, examples)`, that keeps the state's shardings.
+    """A jitted round, of `(*state, examples, key)`, that keeps the state's shardings.
 
     It updates replicas in place. If it did so to the server too, XLA for TPUs would
     wait for a reduction before the local steps that are to overlap it.
     """
 
-    def run(params: Any, outer: Any, replicas: Any, examples: Any) -> Any:
-        return algorithm.round(diloco.State(params, outer, replicas), examples)
+    def run(params: Any, outer: Any, replicas: Any, examples: Any, key: Any) -> Any:
+        return algorithm.round(diloco.State(params, outer, replicas), examples, key)
 
     return jax.jit(run, donate_argnums=2, out_shardings=(split, None))
 
@@ -229,7 +246,7 @@ def train(
         return jax.make_array_from_callback(shape, placed, part)
 
     like = jax.eval_shape(init, key)
-    types = like, jax.ShapeDtypeStruct(shape, np.int32)
+    types = like, jax.ShapeDtypeStruct(shape, np.int32), key
     plan = drjax.make_plan(algorithm.round)(*types)
     # Of pods, where there are some.
     sent = int(sum(plan.communication(next(iter(algorithm.placements)))))
@@ -267,7 +284,8 @@ def train(
                 "Rounds", total=settings.rounds, completed=len(rows), values=""
             )
             for round in range(len(rows) + 1, last + 1):
-                state, losses = run_round(*state, examples(round))
+                of_round = jax.random.fold_in(key, round)
+                state, losses = run_round(*state, examples(round), of_round)
                 row = {
                     "round": round,
                     "tokens": round * tokens,

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import drjax
+from benchmarks import hlo
 from examples import diloco_lm, plays_text, transformer
 
 ROOT = Path(diloco_lm.__file__).parents[1]
@@ -75,7 +76,8 @@ def bytes_sent(settings):
     )
     sizes = algorithm.placements.values()
     shape = *sizes, settings.steps, settings.batch, config.length + 1
-    plan = drjax.make_plan(algorithm.round)(state, jax.ShapeDtypeStruct(shape, "int32"))
+    examples = jax.ShapeDtypeStruct(shape, "int32")
+    plan = drjax.make_plan(algorithm.round)(state, examples, jax.random.key(0))
     model = sum(4 * x.size for x in jax.tree.leaves(state.params))
     outer, *_ = algorithm.placements
     return sum(plan.communication(outer)) / model
@@ -87,6 +89,16 @@ def bytes_sent(settings):
 )
 def test_a_round_sends_the_model_down_and_up_and_data_parallel_each_step(mode, models):
     assert bytes_sent(dataclasses.replace(SHORT, mode=mode)) == models
+
+
+@pytest.mark.parametrize("mode", diloco_lm.MODES)
+@pytest.mark.parametrize("encoding, size", [("bfloat16", 2), ("int8", 1 + 4 / 128)])
+def test_what_is_encoded_is_sent_up_in_fewer_bytes(mode, encoding, size):
+    plain = dataclasses.replace(SHORT, mode=mode)
+    down = bytes_sent(plain) / 2  # As much as up.
+    up = bytes_sent(dataclasses.replace(plain, encoding=encoding)) - down
+    # The blocks of small arrays are not full.
+    assert up / down == pytest.approx(size / 4, rel=0.01)
 
 
 #
@@ -136,13 +148,58 @@ def test_the_mesh_has_as_many_devices_as_the_placements_can_use(
 # Runs.
 #
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", diloco_lm.MODES)
-def test_a_run_that_was_stopped_goes_on_to_the_same_curve(mode, tmp_path):
-    settings = dataclasses.replace(SHORT, mode=mode)
+@pytest.mark.parametrize(
+    "mode, encoding", [*((x, "none") for x in diloco_lm.MODES), ("streaming", "int8")]
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_curve(mode, encoding, tmp_path):
+    settings = dataclasses.replace(SHORT, mode=mode, encoding=encoding)
     at_once = diloco_lm.train(settings, tmp_path / "at_once")
     diloco_lm.train(settings, tmp_path / "stopped", until=2)
     assert diloco_lm.train(settings, tmp_path / "stopped") == at_once
     assert [row["round"] for row in at_once] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["streaming", "nested"])
+def test_an_encoded_run_on_a_mesh_is_near_an_exact_one(mode, tmp_path):
+    settings = dataclasses.replace(
+        SHORT, mode=mode, replicas=4, rounds=2, model_devices=2
+    )
+    exact = diloco_lm.train(settings, tmp_path / "exact")
+    encoded = dataclasses.replace(settings, encoding="int8")
+    for a, b in zip(diloco_lm.train(encoded, tmp_path), exact, strict=True):
+        assert a["bytes"] < 0.64 * b["bytes"]
+        assert a["validation"] == pytest.approx(b["validation"], rel=3e-3)
+        assert a["validation"] != b["validation"]
+
+
+@pytest.mark.slow
+def test_pods_send_each_other_what_is_encoded():
+    """Over pods int8 goes, in a quarter of the bytes; within them, what went before."""
+
+    def sent(encoding):
+        settings = dataclasses.replace(
+            SHORT, mode="nested", replicas=4, model_devices=2, encoding=encoding
+        )
+        algorithm = diloco_lm.make_algorithm(settings)
+        mesh = diloco_lm.make_mesh(algorithm.placements, 2)
+        config, key = transformer.CONFIGS["tiny"], jax.random.key(0)
+        like = jax.eval_shape(
+            lambda k: algorithm.init(transformer.init(config, k)), key
+        )
+        split = diloco_lm.shardings(mesh, like)
+        examples = jax.ShapeDtypeStruct((2, 2, 6, 2, config.length + 1), "int32")
+        with jax.set_mesh(mesh):
+            run = diloco_lm.jitted_round(algorithm, split)
+            text = run.lower(*like, examples, key).compile().as_text() or ""
+        of_pods = {True: 0.0, False: 0.0}
+        for found in hlo.collectives(text):
+            of_pods["pods" in found.axes(mesh.shape)] += found.times * found.sent
+        return of_pods[True], of_pods[False]
+
+    (over, within), (encoded, same) = sent("none"), sent("int8")
+    assert encoded < 0.28 * over
+    assert same == within
 
 
 @pytest.mark.slow
@@ -229,7 +286,8 @@ placed = NamedSharding(mesh, PartitionSpec("replicas"))
 examples = jax.ShapeDtypeStruct((4, 4, 2, 129), "int32", sharding=placed)
 with jax.set_mesh(mesh):
     run = diloco_lm.jitted_round(algorithm, split)
-    compiled = run.lower(*state, examples).compile(compiler_options=OPTIONS)
+    lowered = run.lower(*state, examples, jax.random.key(0))
+    compiled = lowered.compile(compiler_options=OPTIONS)
 print(compiled.as_text())
 """
 # All-reduces of this size and more run on the SparseCores: those of fragments, and not
