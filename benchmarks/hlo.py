@@ -25,8 +25,10 @@ KINDS = (
 _OPERATION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_OTHER = re.compile(r"\b(?:replica_groups|source_target_pairs)=")
 _CALLED = re.compile(
-    r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
+    r"\b(body|condition|calls|to_apply|true_computation|false_computation)"
+    r"=%?([\w.-]+)"
 )
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{(.*?)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
@@ -76,6 +78,9 @@ def collectives(text: str) -> list[Collective]:
 
     A collective that waits in several fusions, so that it overlaps with them, is in the
     text once in each, and here once. Of branches each counts as if it were taken.
+
+    Raises:
+      ValueError: for a collective of another kind than `KINDS`.
     """
     bodies = _computations(text)
     times = _times(bodies)
@@ -85,6 +90,8 @@ def collectives(text: str) -> list[Collective]:
     for name, lines in bodies.items():
         for line in lines:
             if not times[name] or not (match := _OPERATION.search(line)):
+                if times[name] and _OTHER.search(line) and "-done(" not in line:
+                    raise ValueError(f"A collective of no known kind: {line[:500]}")
                 continue
             new = _collective(match, line, times[name])
             channel = re.search(r"channel_id=\d+", line)
@@ -220,7 +227,8 @@ def _calls(
     line: str, lines: list[str], bodies: dict[str, list[str]]
 ) -> Iterator[tuple[str, int]]:
     for how, called in _CALLED.findall(line):
-        yield called, _trips(line, lines, bodies) if how == "body" else 1
+        trips = _trips(line, lines, bodies) if how in ("body", "condition") else 1
+        yield called, trips + (how == "condition")
     for branches in _BRANCHES.findall(line):
         for called in branches.split(","):
             yield called.strip().lstrip("%"), 1

@@ -33,7 +33,7 @@ def _bytes(plan: Plan, placement: str) -> tuple[int | float, int | float]:
                 more = (math.nan, math.nan) if any_ else (0, 0)
             case Branch():
                 parts = [_bytes(branch, placement) for branch in stage.branches]
-                more = max(parts, key=sum)
+                more = max(parts, key=lambda x: (math.isnan(sum(x)), sum(x)))
             case _:
                 more = 0, 0
         down, up = down + more[0], up + more[1]

@@ -18,7 +18,7 @@ from jax.api_util import debug_info
 from jax.core import ShapedArray
 from jax.extend.core import Primitive, mapped_aval
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from drjax import _exchange, _map, _mesh
 from drjax._encodings import Encoding, rounded_p
@@ -42,6 +42,9 @@ def encoded_sum(
       site: the operator's placement, n and mesh, by name.
     """
     args = [*xs] if key is None else [*xs, key]
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        # Inside a shard_map, whose types it takes as they are, XLA sends what it will.
+        return _as_meant(encoding, *site.values(), *args)
     with _mesh.without_mesh():  # What it means is the same on every mesh.
         avals = tuple(ShapedArray(x.shape, x.dtype) for x in map(jax.typeof, args))
         jaxpr = _meaning(avals, encoding, site["placement"], site["n"])
@@ -72,7 +75,7 @@ def _as_meant(
     index = ShapedArray((), jnp.dtype("int32"))
     elements = [mapped_aval(n, 0, jax.typeof(x)) for x in args[:k]]
     avals = [index, *elements, *map(jax.typeof, args[k:])]
-    info = debug_info("drjax.reduce_sum", element, args, {})
+    info = debug_info("drjax.reduce_sum", element, (index, *args), {})
     body, consts = _mesh.in_element(lambda: trace(element, avals, info), **site)
     rounded = _map.bind(
         [placement_index_p.bind(**site), *args],

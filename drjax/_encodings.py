@@ -55,7 +55,8 @@ class Int8:
     of their largest magnitude. A value between two multiples becomes one of them at
     random, so that the mean over keys is the value itself. It is off by less than one
     scale. All that is computed in float32. A block with a value that is not finite
-    becomes NaN.
+    becomes NaN. Over a mesh, the last block of each array is filled up with zeros, so
+    for many arrays of less than a block, ravel them into one before.
 
     Args:
       block_size: how many values have one scale. Fewer are more accurate; a scale adds
@@ -63,6 +64,7 @@ class Int8:
 
     Raises:
       ValueError: if it is below 1.
+      TypeError: if it is no integer.
 
     Example:
       >>> import jax
@@ -85,10 +87,10 @@ class Int8:
     takes_key = True
 
     def __post_init__(self):
-        if operator.index(self.block_size) < 1:
-            raise ValueError(
-                f"drjax.Int8: block_size is 1 at least, but got {self.block_size}."
-            )
+        size = operator.index(self.block_size)
+        if size < 1:
+            raise ValueError(f"drjax.Int8: block_size is 1 at least, but got {size}.")
+        object.__setattr__(self, "block_size", size)
 
     def rounded(self, xs: Sequence[Any], key: Any) -> list[Any]:
         of_each = [self.blocks(x.reshape(-1)) for x in xs]
@@ -120,7 +122,7 @@ class Int8:
         up = jax.random.uniform(key, blocks.shape, jnp.float32) < y - low
         # What is not finite is in the scale: nan or inf times zero is nan.
         scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
-        return jnp.clip(low + up, -127, 127).astype(jnp.int8), scales
+        return jnp.clip(low + up.astype(low.dtype), -127, 127).astype(jnp.int8), scales
 
     def decode(self, integers: Any, scales: Any) -> Any:
         return integers.astype(jnp.float32) * scales
@@ -154,7 +156,9 @@ def _run(*args, encoding, batch):
     for of_keys in batch:
         key_axis = [0 if of_keys else None] * encoding.takes_key
         run = jax.vmap(run, (*[0] * k, *key_axis))
-    return run(*args)
+    # Lowered in a shard_map, arrays are of its mesh, and nothing else says so.
+    with jax.sharding.use_abstract_mesh(jax.typeof(args[0]).sharding.mesh):
+        return run(*args)
 
 
 def _abstract_eval(*avals, encoding, batch):

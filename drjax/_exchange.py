@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from drjax import _mesh
@@ -57,11 +57,7 @@ def _in_shards(
     """Calls what one shard does with its elements `[m, ...]`, and the key."""
     _, name, _, mesh, _ = exchange
     is_free = all(spec is None for spec in specs)
-    axes = {
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual and (axis == name or not is_free)
-    }
+    axes = {name} if is_free else {*mesh.axis_names}
     others = [_without(name, spec) for spec in specs]
     ins = [P(name, *spec) for spec in others]
     if _mesh.is_explicit(mesh):
@@ -74,7 +70,7 @@ def _in_shards(
         mesh=mesh,
         in_specs=(P(), *ins),
         out_specs=[
-            other if _scattered(name, spec) is None else spec
+            other if _scattered(name, spec) is None else _without(None, spec)
             for other, spec in zip(others, specs, strict=True)
         ],
         axis_names=axes,
@@ -82,9 +78,12 @@ def _in_shards(
     )(key, *xs)
 
 
-def _without(name: str, spec: Any) -> P:
-    """A spec without the placement's axis."""
-    kept = [tuple(axis for axis in axes if axis != name) for axes in _by_axis(spec)]
+def _without(name: str | None, spec: Any) -> P:
+    """A spec without the placement's axis; what it leaves to XLA is whole."""
+    kept = [
+        tuple(axis for axis in axes if axis != name)
+        for axes in _mesh.axes_of_each(spec)
+    ]
     return P(*(axes or None for axes in kept))
 
 
@@ -94,17 +93,8 @@ def _scattered(name: str, spec: Any) -> int | None:
     They have them of what other mesh axes leave there. So if the placement's axis is
     not the last of several, it is none: the sum is computed whole, and then cut.
     """
-    last = [axes[-1:] for axes in _by_axis(spec)]
+    last = [axes[-1:] for axes in _mesh.axes_of_each(spec)]
     return last.index((name,)) if (name,) in last else None
-
-
-def _by_axis(spec: Any) -> list[tuple[str, ...]]:
-    """The mesh axes over which each axis of an array is sharded."""
-    of_axes: list[Any] = [] if spec is None else [*spec]
-    return [
-        () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-        for axes in of_axes
-    ]
 
 
 def _parts(x: Any, s: int, dim: int) -> Any:
@@ -201,7 +191,7 @@ def _groups(exchange: Exchange, key: Any) -> list[tuple[Any, list[int]]]:
     """
     by_axes: dict[tuple[str, ...], list[int]] = {}
     for i, spec in enumerate(exchange.specs):
-        names = {name for axes in _by_axis(spec) for name in axes}
+        names = {name for axes in _mesh.axes_of_each(spec) for name in axes}
         by_axes.setdefault((*sorted(names - {exchange.placement}),), []).append(i)
     groups = []
     for number, (names, leaves) in enumerate(by_axes.items()):

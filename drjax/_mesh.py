@@ -215,6 +215,15 @@ def specs_of_leaves(specs: Any, tree: Any) -> list[Any]:
     return jax.tree.leaves(of_leaves, is_leaf=is_spec)
 
 
+def axes_of_each(spec: Any) -> list[tuple[str, ...]]:
+    """The mesh axes over which each axis of an array is said to be sharded."""
+    of_axes = [None if axes is P.UNCONSTRAINED else axes for axes in spec or ()]
+    return [
+        () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+        for axes in of_axes
+    ]
+
+
 def shards(placement: str, mesh: Mesh | None) -> int:
     """Over how many shards the elements of a placement are spread."""
     return 1 if mesh is None else mesh.shape[placement]

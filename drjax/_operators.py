@@ -6,7 +6,8 @@ its primitives are left.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.api_util import debug_info
 from jax.extend.core import mapped_aval
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from drjax import _compat, _map, _mesh, _program
@@ -188,7 +188,8 @@ def reduce_sum(
       x: placed pytree, its leaves `[n, ...]`.
       encoding: what floats are sent as, a `BFloat16` or an `Int8`; None for as they
         are. Derivatives are those of the exact sums, and are not encoded.
-      key: of what an encoding draws; it folds in the position of an element.
+      key: of what an encoding draws; it folds in the position of an element of this
+        placement. A mapped function is to have a key for each element.
       out_sharding: a `jax.sharding.PartitionSpec`, or a pytree of them that is a prefix
         of `x`: how the results are sharded over a mesh. With the placement's axis in
         it they are reduced and scattered. None for what XLA takes. `Int8` has to be
@@ -222,7 +223,7 @@ def reduce_sum(
     """
     site = _resolve("reduce_sum", placement, mesh)
     x = _placed("reduce_sum", x, site, numeric=True)
-    sent, key = _sent("reduce_sum", x, encoding, key, out_sharding, site, mesh)
+    sent, key = _sent("reduce_sum", x, None, encoding, key, out_sharding, site, mesh)
     return _reduce_sum(site, sent, x, key)
 
 
@@ -246,7 +247,8 @@ def reduce_mean(
       x: placed pytree, its leaves `[n, ...]`.
       encoding: what floats are sent as, a `BFloat16` or an `Int8`; None for as they
         are. Derivatives are those of the exact sums, and are not encoded.
-      key: of what an encoding draws; it folds in the position of an element.
+      key: of what an encoding draws; it folds in the position of an element of this
+        placement. A mapped function is to have a key for each element.
       out_sharding: a `jax.sharding.PartitionSpec`, or a pytree of them that is a prefix
         of `x`: how the results are sharded over a mesh. With the placement's axis in
         it they are reduced and scattered. None for what XLA takes. `Int8` has to be
@@ -280,7 +282,7 @@ def reduce_mean(
     """
     site = _resolve("reduce_mean", placement, mesh)
     x = _placed("reduce_mean", x, site, numeric=True)
-    sent, key = _sent("reduce_mean", x, encoding, key, out_sharding, site, mesh)
+    sent, key = _sent("reduce_mean", x, None, encoding, key, out_sharding, site, mesh)
     return _reduce_mean(site, sent, x, key)
 
 
@@ -309,7 +311,8 @@ def reduce_weighted_mean(
       encoding: what floats are sent as, a `BFloat16` or an `Int8`; None for as they
         are. Weights are sent as they are. Derivatives are those of the exact sums, and
         are not encoded.
-      key: of what an encoding draws; it folds in the position of an element.
+      key: of what an encoding draws; it folds in the position of an element of this
+        placement. A mapped function is to have a key for each element.
       out_sharding: a `jax.sharding.PartitionSpec`, or a pytree of them that is a prefix
         of `x`: how the results are sharded over a mesh. With the placement's axis in
         it they are reduced and scattered. None for what XLA takes. `Int8` has to be
@@ -355,8 +358,10 @@ def reduce_weighted_mean(
         defaults = _prefix_leaves("default", default, x, site)
         _check_defaults(defaults, x, site)
     weight_of = tuple(ids.index(id(leaf)) for leaf in weight_leaves)
+    pairs = zip(weight_leaves, xs, strict=True)
+    dtypes = [jnp.promote_types(w.dtype, x.dtype) for w, x in pairs]
     sent, key = _sent(
-        "reduce_weighted_mean", x, encoding, key, out_sharding, site, mesh
+        "reduce_weighted_mean", x, dtypes, encoding, key, out_sharding, site, mesh
     )
     means = _reduce_weighted_mean(site, sent, weight_of, xs, weights, defaults, key)
     return jax.tree.unflatten(tree, means)
@@ -513,7 +518,7 @@ def _bind_constant(primitive, site):
 def _reduce_sum(site, sent, tree, key):
     leaves, structure = jax.tree.flatten(tree)
     widened = [x.astype(_sum_dtype(x.dtype)) for x in leaves]
-    return jax.tree.unflatten(structure, _sums(site, sent, widened, leaves, key))
+    return jax.tree.unflatten(structure, _sums(site, sent, widened, key))
 
 
 @functools.partial(_compat.inlined_jit, static_argnums=(0, 1))
@@ -522,7 +527,7 @@ def _reduce_mean(site, sent, tree, key):
     dtypes = [_mean_dtypes(x.dtype) for x in leaves]
     pairs = zip(leaves, dtypes, strict=True)
     widened = [x.astype(compute) for x, (compute, _) in pairs]
-    totals = _sums(site, sent, widened, leaves, key)
+    totals = _sums(site, sent, widened, key)
     means = []
     for total, (compute, result) in zip(totals, dtypes, strict=True):
         size = placement_size_p.bind(**site._asdict()).astype(compute)
@@ -555,29 +560,24 @@ def _reduce_weighted_mean(site, sent, weight_of, xs, weights, defaults, key):
         return jnp.where(sum_w == 0, default, mean).astype(result)
 
     each = [*map(weighted, xs, weight_of)]
-    return [*map(mean, xs, _sums(site, sent, each, xs, key), weight_of, defaults)]
+    return [*map(mean, xs, _sums(site, sent, each, key), weight_of, defaults)]
 
 
 class _Sent(NamedTuple):
     """How the parts of sums are sent, and how the sums are sharded."""
 
     encoding: Encoding | None
+    encoded: tuple[int, ...]  # The leaves it is for: floats.
     specs: tuple[Any, ...]  # Of each leaf; None for as XLA takes it.
     mesh: _mesh.Mesh | None  # What the specs are for, with the placement's axis or not.
 
 
-def _sums(site: _Site, sent: _Sent, xs: Any, given: Any, key: Any) -> list[Any]:
-    """The sums of `xs`, those encoded that come of floats, which `given` says."""
-    encoding = sent.encoding
+def _sums(site: _Site, sent: _Sent, xs: Any, key: Any) -> list[Any]:
+    encoding, ours = sent.encoding, sent.encoded
     sums: dict[int, Any] = {}
-    ours = [
-        i
-        for i, x in enumerate(given)
-        if encoding is not None and jnp.issubdtype(x.dtype, jnp.floating)
-    ]
     if encoding is not None and ours:
         # Half floats have no room for the sums of what was rounded.
-        wide = [xs[i].astype(jnp.promote_types(xs[i].dtype, "float32")) for i in ours]
+        wide = [xs[i].astype(_at_least_float32(xs[i].dtype)) for i in ours]
         # jit is to see the mesh: the primitive shows it when jit has chosen devices.
         wide = _show_mesh(wide, site)
         specs = tuple(sent.specs[i] for i in ours)
@@ -594,6 +594,10 @@ def _sums(site: _Site, sent: _Sent, xs: Any, given: Any, key: Any) -> list[Any]:
     return [
         _mesh.constrained(sums[i], spec, sent.mesh) for i, spec in enumerate(sent.specs)
     ]
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.dtype("float32") if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _sum_dtype(dtype: Any) -> Any:
@@ -647,15 +651,19 @@ def _site(
 def _sent(
     operator_name: str,
     x: Any,
+    dtypes: Sequence[Any] | None,
     encoding: Any,
     key: Any,
     out_sharding: Any,
     site: _Site,
     mesh: _mesh.Mesh | None,
 ) -> tuple[_Sent, Any]:
-    """Checks how values are to be sent; also returns the key, of the type for keys."""
+    """Checks how values are to be sent; also returns the key, of the type for keys.
+
+    `dtypes` are those of what is summed, if not of the leaves of `x`.
+    """
     if encoding is None and key is None and out_sharding is None:
-        return _Sent(None, (None,) * len(_leaves(x)), None), None
+        return _Sent(None, (), (None,) * len(_leaves(x)), None), None
     over = f"drjax.{operator_name} over {site.placement!r}"
     if encoding is not None and not isinstance(encoding, Encoding):
         raise TypeError(
@@ -675,9 +683,12 @@ def _sent(
     if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(jnp.asarray(key))
     specs = _specs(over, x, out_sharding)
+    dtypes = dtypes or [leaf.dtype for leaf in jax.tree.leaves(x)]
+    floats = [i for i, t in enumerate(dtypes) if jnp.issubdtype(t, jnp.floating)]
+    encoded = tuple(floats) if encoding is not None else ()
     mesh = site.mesh or mesh or jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _Sent(encoding, (None,) * len(specs), None), key
+        return _Sent(encoding, encoded, (None,) * len(specs), None), key
     for leaf, spec in zip(jax.tree.leaves(x), specs, strict=True):
         shape = leaf.shape[1:]
         if spec is not None and not _fits(spec, shape, mesh):
@@ -686,8 +697,8 @@ def _sent(
                 f"on the mesh {dict(mesh.shape)}."
             )
     if encoding is not None and encoding.takes_key and _mesh.is_auto(site.mesh):
-        _check_known(over, encoding, specs, site)
-    return _Sent(encoding, specs, mesh), key
+        _check_known(over, encoding, [specs[i] for i in encoded], site)
+    return _Sent(encoding, encoded, specs, mesh), key
 
 
 def _specs(over: str, x: Any, out_sharding: Any) -> tuple[Any, ...]:
@@ -707,7 +718,7 @@ def _specs(over: str, x: Any, out_sharding: Any) -> tuple[Any, ...]:
     return specs
 
 
-def _check_known(over: str, encoding: Any, specs: tuple[Any, ...], site: _Site) -> None:
+def _check_known(over: str, encoding: Any, specs: list[Any], site: _Site) -> None:
     """Checks that it is known how other mesh axes shard what is cut into blocks."""
     assert site.mesh is not None
     apart = {site.placement, *_program.mapped_names()}
@@ -726,11 +737,12 @@ def _check_known(over: str, encoding: Any, specs: tuple[Any, ...], site: _Site) 
 
 
 def _fits(spec: P, shape: tuple[int, ...], mesh: _mesh.Mesh) -> bool:
-    try:
-        NamedSharding(mesh, spec).shard_shape(shape)
-    except ValueError:
-        return False
-    return len(spec) <= len(shape)
+    of_each = _mesh.axes_of_each(spec)
+    names = [name for axes in of_each for name in axes]
+    if len(of_each) > len(shape) or len({*names} & {*mesh.shape}) < len(names):
+        return False  # It has other names, or one twice.
+    parts = [math.prod(mesh.shape[name] for name in axes) for axes in of_each]
+    return not any(size % k for size, k in zip(shape, parts, strict=False))
 
 
 def _is_key(key: Any) -> bool:

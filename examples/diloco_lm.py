@@ -325,6 +325,11 @@ def progress_bar(enabled: bool) -> Progress:
     )
 
 
+def label_of(settings: dict[str, Any]) -> str:
+    mode, encoding = settings["mode"], settings["encoding"]
+    return mode if encoding == "none" else f"{mode}, {encoding}"
+
+
 def plot(path: Path, runs: dict[str, Any], ceiling: float) -> None:
     """Held-out loss of runs, against characters and against bytes."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -375,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curve = {"settings": dataclasses.asdict(settings), "rows": rows}
         (folder / "curve.json").write_text(json.dumps(curve, indent=1))
         curves = [json.loads((x / "curve.json").read_text()) for x in (folder, *beside)]
-        runs = {x["settings"]["mode"]: x["rows"] for x in curves}
+        runs = {label_of(x["settings"]): x["rows"] for x in curves}
         plot(folder / "curve.png", runs, plays_text.entropy(plays_text.load(1)[0]))
         print(f"Curve in {folder / 'curve.png'}")
 

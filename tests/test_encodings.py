@@ -122,6 +122,26 @@ def test_integers_are_summed_as_they_are():
     assert_close(mean(x)["count"], 1001.0)
 
 
+@pytest.mark.parametrize("encoding", [BFLOAT16, INT8], ids=str)
+def test_weighted_means_encode_what_is_floats_with_its_weights(encoding):
+    def mean(x, w, encoding=encoding):
+        options: Any = dict(encoding=encoding, key=KEY)
+        return drjax.reduce_weighted_mean(x, w, **options)
+
+    mean = drjax.program(clients=N)(mean)
+    # Complex numbers are summed as they are, be it that the weights make them so.
+    w = jnp.array([1 + 1j, 2, -1j, 3])
+    assert_close(mean(VALUES, w), jnp.average(VALUES, axis=0, weights=w))
+    plan = drjax.make_plan(mean)(jnp.ones((N, BLOCK), int), jnp.ones(N))
+    assert plan.communication("clients")[1] == 4 + encoding.bytes(BLOCK)
+
+
+def test_int8_needs_no_promotion_of_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        strict = total(INT8)(VALUES, KEY)
+    assert_close(strict, total(INT8)(VALUES, KEY))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_other_floats_keep_their_type(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -405,20 +425,58 @@ def test_a_mesh_without_the_placement_shards_results_too():
 @pytest.mark.parametrize("encoding", [BFLOAT16, INT8], ids=str)
 def test_in_a_mapped_function_elements_are_rounded_just_so(kind, encoding):
     x = jax.random.normal(jax.random.key(4), (2, 4, 16))
+    keys = jax.random.split(KEY, 2)
 
     @drjax.program(placements={"pods": 2, "clients": 4})
-    def run(x, key):
-        def of_pod(x):
+    def run(x, keys):
+        def of_pod(x, key):
             options: Any = dict(encoding=encoding, key=key)
             return drjax.reduce_sum(x, placement="clients", **options)
 
-        return drjax.map_fn(of_pod, x, placement="pods")
+        return drjax.map_fn(of_pod, (x, keys), placement="pods")
 
-    want = run(x, KEY)
+    want = jnp.stack([total(encoding)(x[i], keys[i]) for i in range(2)])
+    assert_close(run(x, keys), want)
     mesh = make_mesh(kind, pods=2, clients=4)
     with jax.set_mesh(mesh):
         placed = jax.device_put(x, NamedSharding(mesh, P("pods", "clients")))
-        assert_close(jax.jit(run)(placed, KEY), want)
+        assert_close(jax.jit(run)(placed, keys), want)
+
+
+@pytest.mark.parametrize("encoding", [BFLOAT16, INT8], ids=str)
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_in_a_shard_map_each_has_the_sum_of_its_own(encoding, own_keys):
+    mesh = make_mesh(AUTO, pods=8)
+    x = jax.random.normal(jax.random.key(4), (8, N, 2 * BLOCK))
+
+    def keys_of(i):
+        return jax.random.fold_in(KEY, i) if own_keys else KEY
+
+    def of_pod(x):
+        return total(encoding)(x[0], keys_of(jax.lax.axis_index("pods")))[None]
+
+    run = jax.shard_map(of_pod, mesh=mesh, in_specs=P("pods"), out_specs=P("pods"))
+    want = jnp.stack([total(encoding)(x[i], keys_of(i)) for i in range(8)])
+    assert_close(jax.jit(run)(x), want)
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(run(x) ** 2)))(x)
+    assert_close(slope, jnp.broadcast_to(2 * want[:, None], x.shape))
+
+
+@pytest.mark.parametrize("encoding", [None, BFLOAT16, INT8], ids=str)
+@pytest.mark.parametrize("spec", [None, P(), P("model"), P("clients")])
+def test_in_a_shard_map_over_another_axis_the_sum_is_that_without(encoding, spec):
+    mesh = make_mesh(AUTO, clients=2, model=2, data=2)
+    x = jax.random.normal(jax.random.key(4), (2, N, 2 * BLOCK))
+    run = jax.shard_map(
+        lambda x: total(encoding, spec)(x[0], KEY)[None],
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(x)
+    assert_close(got, jnp.stack([total(encoding)(x[i], KEY) for i in range(2)]))
 
 
 def collectives(compiled):
@@ -455,6 +513,14 @@ def test_bfloat16_that_is_to_be_sharded_is_sent_once(kind):
     found = collectives(compiled)
     assert {kind for kind, *_ in found} == {"all-to-all"}
     assert sum(size for _, _, size in found) == 24 * 16
+    # XLA for CPUs sends it as float32, but was given bfloat16.
+    mesh = make_mesh(kind, **MESH)
+    placed = jax.device_put(TREE["matrix"], NamedSharding(mesh, P("clients")))
+    with jax.set_mesh(mesh):
+        run = jax.jit(total(BFLOAT16, P(None, "clients")))
+        text = run.lower(placed, KEY).as_text()
+    (types,) = re.findall(r"stablehlo\.all_to_all.*: \(tensor<(.*?)>\)", text)
+    assert types.endswith("xbf16")
 
 
 TREE_OF_ONE = {"matrix": TREE["matrix"]}
@@ -518,8 +584,25 @@ def test_int8_has_to_know_how_a_mesh_cuts_arrays():
         jax.jit(total(INT8))(TREE, KEY)
 
 
+def test_of_what_is_not_cut_it_need_not_know():
+    x = {"count": jnp.ones((N, 4), int), "x": jnp.ones((N, 8))}
+    run = total(INT8, {"count": None, "x": P()})
+    with jax.set_mesh(make_mesh(AUTO, **MESH)):
+        assert_close(jax.jit(run)(x, KEY)["count"], jnp.full(4, N))
+
+
 @pytest.mark.parametrize("encoding", [None, BFLOAT16, INT8], ids=str)
-@pytest.mark.parametrize("spec", [P("nowhere"), P("model"), P(None, None, None, None)])
+@pytest.mark.parametrize("spec", [P(P.UNCONSTRAINED), P("clients", P.UNCONSTRAINED)])
+def test_some_of_a_sharding_may_be_left_to_xla(spec, encoding):
+    with jax.set_mesh(jax.make_mesh((4,), ("clients",), axis_types=(AUTO,))):
+        got = jax.jit(total(encoding, spec))(TREE["matrix"], KEY)
+    assert np.abs(got - TREE["matrix"].sum(0)).max() < 0.2
+
+
+@pytest.mark.parametrize("encoding", [None, BFLOAT16, INT8], ids=str)
+@pytest.mark.parametrize(
+    "spec", [P("nowhere"), P("model"), P(*[None] * 4), P(None, *["clients"] * 2)]
+)
 def test_a_sharding_has_to_fit(spec, encoding):
     """7 rows over 2 devices do not."""
     with (
@@ -534,6 +617,7 @@ def test_a_sharding_has_to_fit(spec, encoding):
 def test_a_block_has_a_value_at_least():
     with pytest.raises(ValueError, match=r"^drjax\.Int8: .*got 0"):
         drjax.Int8(0)
+    assert hash(drjax.Int8(np.array(16))) == hash(INT8)  # pyright: ignore
     for wrong in "16", 16.0:
         with pytest.raises(TypeError):
             drjax.Int8(wrong)  # pyright: ignore[reportArgumentType]

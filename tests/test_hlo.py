@@ -207,3 +207,19 @@ def test_trips_are_read_from_the_condition_of_a_loop(start, limit):
   %made = (f32[8], s32[]) tuple(%p, /*index=1*/%first)
   ROOT %w = (f32[8], s32[]) while(%made), condition=%condition, body=%body""")
     assert [c.times for c in hlo.collectives(text)] == [limit - start]
+
+
+def test_what_a_loop_asks_counts_too():
+    def run(x):
+        def goes_on(x):
+            return jax.lax.psum(jnp.sum(x), "a") < 100
+
+        return jax.lax.while_loop(goes_on, lambda x: x + 1, x)
+
+    assert [c.kind for c in per_device(run)] == ["all-reduce"]
+
+
+def test_a_collective_of_no_known_kind_is_an_error():
+    line = "%r = f32[8] ragged-all-to-all(%p), replica_groups={{0,4},{1,5}}"
+    with pytest.raises(ValueError, match=r"no known kind: .*ragged-all-to-all"):
+        hlo.collectives(MODULE.format(line))

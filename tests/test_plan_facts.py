@@ -540,7 +540,17 @@ def test_communication_counts_rounds_in_loops_and_branches():
     def unknown(x, w):
         return jax.lax.while_loop(lambda w: w > 0, lambda w: once(x, w), w)
 
-    for fn, want in (once, 4), (loop, 7 * 4), (branch, 2 * 4), (unknown, np.nan):
+    def perhaps(*branches):
+        def fn(x, w):
+            of = [lambda w, f=f: f(x, w) for f in branches]
+            return jax.lax.cond(w > 0, *of, w)
+
+        return fn
+
+    for fn, want in (
+        *((once, 4), (loop, 7 * 4), (branch, 2 * 4), (unknown, np.nan)),
+        *((perhaps(unknown, once), np.nan), (perhaps(once, unknown), np.nan)),
+    ):
         plan = drjax.make_plan(program(fn))(jnp.ones(N), 0.5)
         np.testing.assert_equal(plan.communication("clients"), (want, want))
 

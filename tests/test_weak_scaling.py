@@ -178,6 +178,13 @@ def test_bars_are_those_of_the_benchmark():
     assert "temporaries are 1.02" in one
     (one,) = faults([row, row._replace(ours=more, hand=more)])
     assert "between 1000 and 1020" in one
+    halved = row._replace(program="bfloat16 round", ours=cost._replace(sent=350))
+    assert not [*faults([halved])]
+    (one,) = faults([halved._replace(ours=cost._replace(sent=360))])
+    assert "sends 0.51429 of float32" in one
+    nothing = cost._replace(sent=0, over_replicas={})
+    (one,) = faults([halved._replace(ours=nothing)])
+    assert "not {'all-reduce'}, but {}" in one
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
