@@ -277,7 +277,8 @@ algorithm = diloco.streaming(
     replicas=4, fragments=1, delay=2, mixing=0.5,
 )
 init = lambda key: algorithm.init(transformer.init(config, key))
-like = jax.eval_shape(init, jax.random.key(0))
+key = jax.random.key(0)
+like = jax.eval_shape(init, key)
 split = diloco_lm.shardings(mesh, like)
 state = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, split
@@ -286,8 +287,7 @@ placed = NamedSharding(mesh, PartitionSpec("replicas"))
 examples = jax.ShapeDtypeStruct((4, 4, 2, 129), "int32", sharding=placed)
 with jax.set_mesh(mesh):
     run = diloco_lm.jitted_round(algorithm, split)
-    lowered = run.lower(*state, examples, jax.random.key(0))
-    compiled = lowered.compile(compiler_options=OPTIONS)
+    compiled = run.lower(*state, examples, key).compile(compiler_options=OPTIONS)
 print(compiled.as_text())
 """
 # All-reduces of this size and more run on the SparseCores: those of fragments, and not
