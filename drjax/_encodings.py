@@ -55,8 +55,8 @@ class Int8:
     of their largest magnitude. A value between two multiples becomes one of them at
     random, so that the mean over keys is the value itself. It is off by less than one
     scale. All that is computed in float32. A block with a value that is not finite
-    becomes NaN. Over a mesh, the last block of each array is filled up with zeros, so
-    for many arrays of less than a block, ravel them into one before.
+    becomes NaN. Over a mesh whole blocks are sent; arrays that are so small that
+    float32 is fewer bytes are rounded just so, and sent as float32.
 
     Args:
       block_size: how many values have one scale. Fewer are more accurate; a scale adds

@@ -127,6 +127,9 @@ def _sum_bfloat16(exchange: Exchange, encoding: BFloat16, x: Any, spec: Any) -> 
     return total
 
 
+_Group = tuple[Any, list[int]]  # A key, and arrays by number.
+
+
 class _Unit(NamedTuple):
     """Arrays that are exchanged together.
 
@@ -146,8 +149,34 @@ def _sums_int8(exchange: Exchange, encoding: Int8, key: Any, *xs: Any) -> list[A
     s, shard = mesh.shape[name], lax.axis_index(name)
     dims = [_scattered(name, spec) for spec in specs]
     groups = _groups(exchange, key)
+    few = _few(encoding, groups, dims, xs, s)
+    sums = _sums_of_rounded(encoding, _few_of(groups, few, n), xs, shard)
+    results = {i: _sum_floats(total, name, s, dims[i]) for i, total in sums.items()}
+    if len(results) < len(xs):
+        rest = [(key, [i for i in leaves if i not in few]) for key, leaves in groups]
+        rest = [group for group in rest if group[1]]
+        results |= _sums_of_blocks(exchange, encoding, rest, dims, xs)
+    return [results[i] for i in range(len(xs))]
+
+
+def _sum_floats(total: Any, name: str, s: int, dim: int | None) -> Any:
     if s == 1:  # Nothing is sent on.
-        return _sums_of_rounded(encoding, groups, xs, shard)
+        return total
+    if dim is None:
+        return lax.psum(total, name)
+    return lax.psum_scatter(total, name, scatter_dimension=dim, tiled=True)
+
+
+def _sums_of_blocks(
+    exchange: Exchange,
+    encoding: Int8,
+    groups: Sequence[_Group],
+    dims: Sequence[int | None],
+    xs: Sequence[Any],
+) -> dict[int, Any]:
+    """Sums of the arrays in `groups`, by number, which are sent as blocks of int8."""
+    _, name, n, mesh, _ = exchange
+    s, shard = mesh.shape[name], lax.axis_index(name)
     units = _units(exchange, encoding, groups, dims, xs)
     received = [
         lax.all_to_all(jnp.concatenate(a, axis=1), name, 0, 0)
@@ -180,10 +209,10 @@ def _sums_int8(exchange: Exchange, encoding: Int8, key: Any, *xs: Any) -> list[A
                 shape[dim] //= s
             values = part.reshape(-1)[: math.prod(shape)]
             results[i] = values.reshape(shape).astype(xs[i].dtype)
-    return [results[i] for i in range(len(xs))]
+    return results
 
 
-def _groups(exchange: Exchange, key: Any) -> list[tuple[Any, list[int]]]:
+def _groups(exchange: Exchange, key: Any) -> list[_Group]:
     """Arrays that the same other axes shard, by number, with a key for each group.
 
     Devices that have unlike parts of an array round them with unlike keys, and those
@@ -204,13 +233,53 @@ def _groups(exchange: Exchange, key: Any) -> list[tuple[Any, list[int]]]:
     return groups
 
 
-def _sums_of_rounded(
+def _together(leaves: Sequence[int], dims: Sequence[int | None]) -> list[list[int]]:
+    """The arrays of a group by units."""
+    whole = [i for i in leaves if dims[i] is None]
+    return [whole] * bool(whole) + [[i] for i in leaves if dims[i] is not None]
+
+
+def _few(
     encoding: Int8,
-    groups: Sequence[tuple[Any, list[int]]],
+    groups: Sequence[_Group],
+    dims: Sequence[int | None],
     xs: Sequence[Any],
-    shard: Any,
-) -> list[Any]:
-    """What a shard has of all its elements `[m, ...]`, as they send it."""
+    s: int,
+) -> set[int]:
+    """The arrays that are sent as they are: so few that blocks would be more bytes.
+
+    For each device there is the same number of blocks, and they are full.
+    """
+
+    def blocks(i):
+        size = math.prod(xs[i].shape[1:])
+        parts = 1 if dims[i] is None else s
+        return parts * math.ceil(size / parts / encoding.block_size)
+
+    few: set[int] = set()
+    for unit in (unit for _, leaves in groups for unit in _together(leaves, dims)):
+        filled = s * math.ceil(sum(map(blocks, unit)) / s)
+        plain = sum(math.prod(xs[i].shape[1:]) * xs[i].dtype.itemsize for i in unit)
+        if s == 1 or plain <= filled * encoding.bytes(encoding.block_size):
+            few.update(unit)
+    return few
+
+
+def _few_of(groups: Sequence[_Group], few: set[int], n: int) -> list[_Group]:
+    """Groups of those alone; they round apart from the others of theirs."""
+    found = []
+    for key, leaves in groups:
+        own = [i for i in leaves if i in few]
+        if own:
+            apart = len(own) < len(leaves)
+            found.append((jax.random.fold_in(key, 2 * n + 1) if apart else key, own))
+    return found
+
+
+def _sums_of_rounded(
+    encoding: Int8, groups: Sequence[_Group], xs: Sequence[Any], shard: Any
+) -> dict[int, Any]:
+    """What a shard has of all its elements `[m, ...]`, as they send it, by number."""
     m = len(xs[0])
     elements = shard * m + jnp.arange(m, dtype="int32")
     sums: dict[int, Any] = {}
@@ -218,13 +287,13 @@ def _sums_of_rounded(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, elements)
         rounded = jax.vmap(encoding.rounded)([xs[i] for i in leaves], keys)
         sums.update(zip(leaves, (jnp.sum(x, axis=0) for x in rounded), strict=True))
-    return [sums[i] for i in range(len(xs))]
+    return sums
 
 
 def _units(
     exchange: Exchange,
     encoding: Int8,
-    groups: Sequence[tuple[Any, list[int]]],
+    groups: Sequence[_Group],
     dims: Sequence[int | None],
     xs: Sequence[Any],
 ) -> list[_Unit]:
@@ -235,7 +304,7 @@ def _units(
     """
     _, name, n, mesh, _ = exchange
     m, shard, s = len(xs[0]), lax.axis_index(name), mesh.shape[name]
-    totals = [x[0] for x in xs]
+    totals = {i: x[0] for i, x in enumerate(xs)}
     if m > 1:
         totals = _sums_of_rounded(encoding, groups, xs, shard)
 
@@ -249,8 +318,7 @@ def _units(
 
     units = []
     for key, leaves in groups:
-        whole = [i for i in leaves if dims[i] is None]
-        together = [whole] * bool(whole) + [[i] for i in leaves if dims[i] is not None]
+        together = _together(leaves, dims)
         blocks = [[blocks_of(i) for i in of_unit] for of_unit in together]
         all_blocks = jnp.concatenate([x for of_unit in blocks for x in of_unit])
         own_key = jax.random.fold_in(key, shard if m == 1 else n + shard)

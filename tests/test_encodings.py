@@ -274,7 +274,7 @@ def test_a_gradient_sends_what_it_sends_without():
 MESH = dict(clients=4, model=2)
 TREE = {
     "matrix": jax.random.normal(jax.random.key(2), (N, 24, 16)),
-    "bias": jax.random.normal(jax.random.key(3), (N, 8)) * 100,
+    "bias": jax.random.normal(jax.random.key(3), (N, 96)) * 100,
 }
 WHOLE = {"matrix": P(None, "model"), "bias": P()}
 SCATTERED = {"matrix": P("clients", "model"), "bias": P(("model", "clients"))}
@@ -491,10 +491,9 @@ def collectives(compiled):
 @KINDS
 def test_int8_is_exchanged_and_nothing_placed_is_gathered(kind):
     """What goes over the mesh are int8 of the sum's size, and scales."""
-    size = 24 * 16 // 2 + 8
-    for specs, kinds in (
-        (WHOLE, {"all-to-all", "all-gather"}),
-        (SCATTERED, {"all-to-all"}),
+    for specs, kinds, size in (
+        (WHOLE, {"all-to-all", "all-gather"}, 24 * 16 // 2 + 96),
+        (SCATTERED, {"all-to-all"}, (24 * 16 + 96) // 2),
     ):
         _, compiled = on_mesh(kind, specs, INT8)
         found = collectives(compiled)
@@ -505,6 +504,32 @@ def test_int8_is_exchanged_and_nothing_placed_is_gathered(kind):
             # Each part that a device gets has a last block that is not full.
             assert size <= numbers < size + 2 * N * BLOCK
             assert others == numbers / BLOCK
+
+
+@KINDS
+@pytest.mark.parametrize("n", [4, 8])
+@pytest.mark.parametrize("spec", [P(), P("clients")])
+def test_what_is_little_is_sent_as_floats_and_rounded_just_so(kind, n, spec):
+    x = {str(i): jax.random.normal(jax.random.key(i), (n, 4)) for i in range(20)}
+    mesh = make_mesh(kind, clients=4, model=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P("clients")))
+        compiled = jax.jit(total(INT8, spec, n)).lower(placed, KEY).compile()
+    assert_close(compiled(placed, KEY), total(INT8, n=n)(x, KEY))
+    assert {dtype for _, dtype, _ in collectives(compiled)} == {"f32"}
+
+
+@KINDS
+def test_little_beside_much_is_sent_as_floats(kind):
+    """That is cut apart, and drawn apart."""
+    little, much = P("clients"), P("clients", "model")
+    tree = {"little": TREE["bias"][:, :8], "much": TREE["matrix"]}
+    run, compiled = on_mesh(kind, {"little": little, "much": much}, INT8, tree)
+    got = run(KEY)
+    for name, x in tree.items():
+        assert (np.abs(got[name] - x.sum(0)) < bound_on_mesh(x)).all()
+    numbers = sum(s for _, dtype, s in collectives(compiled) if dtype == "s8")
+    assert numbers == 24 * 16 // 2  # Its parts are of three blocks each.
 
 
 @KINDS
