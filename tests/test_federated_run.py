@@ -1,5 +1,6 @@
 """Sampling, faults, runs, and runs that are interrupted."""
 
+import contextlib
 import csv
 import logging
 import os
@@ -214,7 +215,7 @@ def test_states_are_those_of_reporting_clients_alone(tmp_path):
     faults = federated.Faults(dropout=0.5)
     options: dict[str, Any] = dict(faults=faults, min_fraction=0.0, rounds=3)
     result = run(SCAFFOLD, folder=tmp_path, checkpoint_every=1, **options)
-    with sqlite3.connect(tmp_path / "clients.sqlite") as file:
+    with contextlib.closing(sqlite3.connect(tmp_path / "clients.sqlite")) as file:
         rows = file.execute("select client, round from states").fetchall()
     asked = [federated.uniform(2, r, Data(), 5) for r in range(1, 4)]
     reported = [asked[r - 1][faults.reports(2, r, 5, 5).taken] for r in range(1, 4)]
@@ -225,19 +226,20 @@ def test_states_are_those_of_reporting_clients_alone(tmp_path):
 
 def test_states_of_clients_go_back_and_are_forgotten(tmp_path):
     first = {"a": np.zeros(2, np.float32), "b": np.int32(7)}
-    states = _client_states.ClientStates(tmp_path / "x.sqlite", first)
-    for number in (1, 2, 4):
-        new = {
-            "a": np.full((2, 2), number, np.float32),
-            "b": np.array([number] * 2, np.int32),
-        }
-        states.write(number, np.array([3, 5]), new)
-    assert states.read([5, 8])["a"].tolist() == [[4, 4], [0, 0]]
-    states.forget_before(2)
-    states.go_back_to(3)
-    assert states.read([5, 8])["b"].tolist() == [2, 7]
-    states.go_back_to(1)  # There was a row of round 1, which 2 stood for.
-    assert states.read([5])["b"].tolist() == [7]
+    opened = _client_states.ClientStates(tmp_path / "x.sqlite", first)
+    with contextlib.closing(opened) as states:
+        for number in (1, 2, 4):
+            new = {
+                "a": np.full((2, 2), number, np.float32),
+                "b": np.array([number] * 2, np.int32),
+            }
+            states.write(number, np.array([3, 5]), new)
+        assert states.read([5, 8])["a"].tolist() == [[4, 4], [0, 0]]
+        states.forget_before(2)
+        states.go_back_to(3)
+        assert states.read([5, 8])["b"].tolist() == [2, 7]
+        states.go_back_to(1)  # There was a row of round 1, which 2 stood for.
+        assert states.read([5])["b"].tolist() == [7]
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
