@@ -110,6 +110,7 @@ def load_clients(data: bytes) -> Clients:
       ValueError: if a byte is not as it was written; if the file is of another version,
         or for other platforms than this process's; or if a function does not have the
         types that the manifest says.
+      TypeError: if `data` is not bytes.
 
     Example:
       >>> import federated
@@ -118,6 +119,11 @@ def load_clients(data: bytes) -> Clients:
         ...
       ValueError: federated.load_clients: the file is damaged: it is no zip archive ...
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(
+            "federated.load_clients: data is the bytes of a file, but got "
+            f"{type(data).__name__}. Usually it is a path: read the file first."
+        )
     files = _unpacked(bytes(data))
     manifest = _read(files.pop(MANIFEST, b""))
     names = [of_round["path"] + SUFFIX for of_round in manifest["rounds"]]

@@ -80,7 +80,11 @@ def fedsgd(
             weights = weights_of(batch.count)
             grads, total = gradient_of_sum(loss, state.params, batch, weights)
             weight, met = drjax.reduce_sum((weights, batch.count))
-            update = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
+            update = jax.tree.map(
+                lambda g, x: (g / jnp.maximum(weight, 1)).astype(x.dtype),
+                grads,
+                state.params,
+            )
             metrics = metrics_of(update, total / jnp.maximum(met, 1))
             return stepped(server_optimizer, state, update), metrics
 
@@ -95,19 +99,26 @@ def gradient_of_sum(
     """The gradient of the clients' weighted mean losses, summed, and all losses' sum.
 
     As that of a sum over clients: drjax makes it one product over the examples of many
-    of them, where clients' own gradients would be many.
+    of them, where clients' own gradients would be many. It is float32, if parameters
+    are halves, which hold no such sums.
     """
 
-    def objective(params: Any) -> tuple[Any, Any]:
+    def objective(wide: Any) -> tuple[Any, Any]:
         def client_loss(own: Any, weight: Any) -> tuple[Any, Any]:
             examples = whole(own.count, len(own.mask))
-            mean, total = mean_loss(loss, params, own.data, examples)
+            own_params = jax.tree.map(
+                lambda x, like: x.astype(like.dtype), wide, params
+            )
+            mean, total = mean_loss(loss, own_params, own.data, examples)
             return weight * mean, total
 
         weighted, totals = drjax.map_fn(client_loss, (batch, weights))
         return drjax.reduce_sum(weighted), drjax.reduce_sum(totals)
 
-    return jax.grad(objective, has_aux=True)(params)
+    wide = jax.tree.map(
+        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params
+    )
+    return jax.grad(objective, has_aux=True)(wide)
 
 
 def fedavg(
@@ -315,7 +326,10 @@ def training(
                 return grads
             # The gradient of mu / 2 |trained - params|^2.
             return jax.tree.map(
-                lambda g, x, start: g + mu * (x - start), grads, trained, params
+                lambda g, x, start: (g + mu * (x - start)).astype(g.dtype),
+                grads,
+                trained,
+                params,
             )
 
         batches = shuffled(key, own.count, len(own.mask), epochs, batch_size)

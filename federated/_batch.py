@@ -39,8 +39,8 @@ def batch_of(data: Any, clients: Any, length: int | None = None) -> Batch:
       A `Batch` of numpy arrays.
 
     Raises:
-      ValueError: if there is no client, or one has more examples than `length`, or
-        others than `num_examples` or the types of the first client say.
+      ValueError: if there is no client, `length` is below 1 or one has more examples,
+        or others than `num_examples` or the types of the first client say.
 
     Example:
       >>> import federated
@@ -61,6 +61,8 @@ def batch_of(data: Any, clients: Any, length: int | None = None) -> Batch:
     counts = np.asarray(data.num_examples)[clients].astype(np.int32)
     if length is None:
         length = max(1, int(counts.max()))
+    elif length < 1:
+        raise ValueError(f"federated.batch_of: length is 1 at least, but got {length}.")
     elif counts.max() > length:
         largest = clients[int(counts.argmax())]
         raise ValueError(

@@ -67,8 +67,8 @@ def early_stopping(
                 else:
                     worse += 1
         count, last = len(rows), rows[-1]
-        # Evaluations are in the first row. A round that failed has no loss.
-        if not values and "loss" in last:
+        # Evaluations are in the first row. A round that changed nothing has no metrics.
+        if not values and last.get("completed", "loss" in last):
             names = ", ".join(names_of(rows))
             raise ValueError(
                 f"federated.early_stopping: there is no metric {metric!r}; there are "

@@ -97,8 +97,12 @@ def _is_key(x: Any) -> bool:
 
 
 def _numbered(state: Any) -> dict[str, Any]:
-    """The leaves by number, keys as their data; orbax saves no empty arrays."""
+    """The leaves by number, keys as their data.
+
+    Orbax saves no empty arrays, and no tree without one that is not.
+    """
     leaves = enumerate(jax.tree.leaves(state))
-    return {
+    found = {
         str(i): jax.random.key_data(x) if _is_key(x) else x for i, x in leaves if x.size
     }
+    return found or {"none": jnp.zeros(1)}

@@ -114,13 +114,23 @@ class ClientWork:
         return [lax.dynamic_slice_in_dim(x, low, size) for x in block]
 
     def _which_are_finite(self, low, server, block):
-        """Of each client in a chunk, whether all that it sends is finite."""
+        """Of each client in a chunk, whether all that it sends is finite.
+
+        Or for a maximum minus infinity, and for a minimum infinity: nothing, there.
+        """
+        nothing = {"max": -jnp.inf, "min": jnp.inf}
 
         def is_finite(own):
             outs = as_fun(self._body)(own[0], *server, *own[1:])
+            found = []
             sent = map(jnp.asarray, outs[: len(self.operations)])
-            floats = [x for x in sent if jnp.issubdtype(x.dtype, jnp.inexact)]
-            return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+            for operation, x in zip(self.operations, sent, strict=True):
+                if jnp.issubdtype(x.dtype, jnp.inexact):
+                    is_good = jnp.isfinite(x)
+                    if operation in nothing:
+                        is_good |= x == nothing[operation]
+                    found.append(is_good.all())
+            return jnp.array(found).all()
 
         rows = self._chunk(block, low)
         if self.chunks.size == 1:

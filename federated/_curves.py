@@ -49,7 +49,7 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     for row, metric in zip(grid, curves, strict=False):
         for axes, x in zip(row, axis.values(), strict=True):
             _draw_metric(axes, x, columns, last, metric, curves[metric])
-        row[0].set_ylabel(metric)
+        row[0].set_ylabel(_plain(metric))
         row[0].legend(frameon=False, fontsize="small")
     if clients:
         for axes, x in zip(grid[-1], axis.values(), strict=True):
@@ -98,7 +98,7 @@ def _draw_metric(
         if name in columns:
             at, y = _points(x, columns[name])
             marker = "o" if len(at) <= 40 else None
-            end = f"{label}, {last[name]:{unit}} in the end"
+            end = f"{_plain(label)}, {last[name]:{unit}} in the end"
             axes.plot(at, y, color=color, marker=marker, ms=3, label=end)
         ends = [c.removeprefix(f"{name} p") for c in drawn]
         percentiles = sorted(int(p) for p in ends if p.isdecimal())
@@ -106,19 +106,24 @@ def _draw_metric(
             low, high = percentiles.pop(0), percentiles.pop()
             pair = [columns[f"{name} p{p}"] for p in (low, high)]
             at, bottom, top = _points(x, *pair)
-            band = f"{label}, p{low} to p{high} of clients"
+            band = f"{_plain(label)}, p{low} to p{high} of clients"
             axes.fill_between(
                 at, bottom, top, color=color, alpha=0.15, lw=0, label=band
             )
         for p in percentiles:
             at, y = _points(x, columns[f"{name} p{p}"])
-            middle = f"{label}, p{p} of clients"
+            middle = f"{_plain(label)}, p{p} of clients"
             axes.plot(at, y, "--", color=color, lw=1, label=middle)
     if is_part:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     elif axes.dataLim.y0 >= 0:
         axes.set_ylim(bottom=0)
+
+
+def _plain(name: str) -> str:
+    """A name of the user's: dollars are no mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _draw_clients(axes: Axes, x: np.ndarray, counts: Sequence[np.ndarray]) -> None:

@@ -324,7 +324,8 @@ def _is_numbers(x: Any) -> bool:
 
 def _array(x: Any) -> Any:
     lazy = hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, jax.Array)
-    return x if lazy else np.asarray(x)
+    # Those of pandas are indexed by label, and not by row.
+    return x if lazy and not hasattr(x, "iloc") else np.asarray(x)
 
 
 def _types(tree: Any) -> str:

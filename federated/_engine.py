@@ -6,12 +6,15 @@ those with many run with batches of different lengths: the function is planned f
 length, the plans have the same stages, and all that these reduce goes into one total.
 """
 
+import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 
 import drjax
 from drjax._arguments import streamed
@@ -23,6 +26,7 @@ from federated._clients import Call, Clients, ClientWork
 from federated._cohort import Row
 
 PLACEMENT = "clients"
+_log = logging.getLogger("federated")
 
 
 class Outcome(NamedTuple):
@@ -79,7 +83,8 @@ class Engine:
         )
         leaves, tree = jax.tree.flatten(structs)
         x64 = jax.config.read("jax_enable_x64")
-        key = tree, x64, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        types = (dtypes.result_type(x, return_weak_type_flag=True) for x in leaves)
+        key = tree, x64, *zip(map(jnp.shape, leaves), types, strict=True)
         if key not in self._plans:
             self._plans[key] = self._make_plan(*structs).recomputed()
         return self._plans[key]
@@ -94,6 +99,12 @@ class Engine:
           reporting: int `[m]`, in order; `m` is the number that means divide by.
           lengths_of: int `[n]`, the length of each client's batch.
         """
+        if jax.config.jax_disable_jit:
+            raise RuntimeError(
+                "federated: what clients do is compiled, which jax.disable_jit "
+                "forbids. To look into a round, call algorithm.round, or give "
+                "federated.run the engine=lambda round: round."
+            )
         rejected = np.zeros(0, reporting.dtype)
         while True:
             try:
@@ -139,6 +150,12 @@ class Engine:
                 bad = call.not_finite()
                 if len(bad):
                     raise Lost(bad)
+                is_sum = [operation == "sum" for operation, _ in stage.reductions]
+                if not _are_finite([*itertools.compress(reduced, is_sum)]):
+                    _log.warning(
+                        "federated: a sum over clients is not finite, though all that "
+                        "they have sent is: it is too large for its dtype."
+                    )
             numbers = [*(i for _, i in stage.reductions), *stage.placed_outputs]
             env.update(zip(numbers, [*reduced, *placed], strict=True))
 

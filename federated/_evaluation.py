@@ -4,10 +4,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import drjax
-from federated._analytics import check_rows, masked_sum, over_clients, ratio
+from federated._analytics import (
+    check_rows,
+    masked_sum,
+    over_clients,
+    ratio,
+    without_padding,
+)
 from federated._batch import Batch
 
 
@@ -22,9 +29,10 @@ def evaluation(
 
     Returns:
       `(params, batch) -> metrics`, a drjax program over the clients of its batch, which
-      is differentiable in the parameters. `name` is the mean over all examples, and
-      `name over clients` the mean over the clients' own means; clients without examples
-      are left out. Without any example both are zero.
+      is differentiable in the parameters, if the metrics are, at clients without
+      examples those of zeros. `name` is the mean over all examples, and `name over
+      clients` the mean over the clients' own means; clients without examples are left
+      out. Without any example both are zero.
 
     Raises:
       ValueError: by the program, if metrics are not a dict of one value per example.
@@ -43,7 +51,7 @@ def evaluation(
 
     def run(params, batch):
         def of_client(batch):
-            metrics = metrics_fn(params, batch.data)
+            metrics = metrics_fn(params, without_padding(batch))
             metrics = _metrics("federated.evaluation", metrics, len(batch.mask))
             sums = {name: masked_sum(x, batch.mask) for name, x in metrics.items()}
             means = {name: ratio(x, batch.count) for name, x in sums.items()}
@@ -192,4 +200,9 @@ def _metrics(call: str, metrics: Any, length: int) -> dict[str, Any]:
             f"{type(metrics).__name__}. Usually it is one metric: give it a name."
         )
     check_rows(call, metrics, (length,))
+    for name, x in metrics.items():
+        if jnp.iscomplexobj(x):
+            raise ValueError(
+                f"{call}: metrics are real numbers, but {name!r} is {x.dtype}."
+            )
     return metrics

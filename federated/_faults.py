@@ -86,10 +86,11 @@ def check(faults: Faults, cohort_size: int, min_fraction: float) -> None:
                 f"{getattr(faults, name)}."
             )
     for name in ("over_selection", "deadline", "spread"):
-        if not getattr(faults, name) >= 0:
+        value = getattr(faults, name)
+        if not value >= 0 or (name != "deadline" and value == math.inf):
             raise ValueError(
-                f"federated.Faults: {name} is not negative, but got "
-                f"{getattr(faults, name)}."
+                f"federated.Faults: {name} is not negative"
+                f"{', and finite' if name != 'deadline' else ''}, but got {value}."
             )
     may_lose = faults.dropout or faults.nan or faults.deadline < math.inf
     if may_lose and min_fraction == 1 and faults.asked(cohort_size) == cohort_size:

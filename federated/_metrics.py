@@ -113,7 +113,7 @@ def _tensorboard():
     except ImportError as e:
         raise ImportError(
             "federated.run: metrics are written for TensorBoard too, which needs the "
-            "package tensorboardX: pip install 'drjax[federated]'."
+            "package tensorboardX: pip install tensorboardX, or the extra 'federated'."
         ) from e
     return event_pb2, summary_pb2, masked_crc32c
 

@@ -1,6 +1,7 @@
 """The folder of a run: files for readers, and what it needs to go on."""
 
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Records:
         self.clients: ClientStates | None = None
         self._path = None if folder is None else Path(folder)
         self._checkpoints: Checkpoints | None = None
+        self._lock: sqlite3.Connection | None = None
         try:
             self._open(settings, first, resume)
         except BaseException:
@@ -41,7 +43,12 @@ class Records:
     def _open(self, settings: dict[str, Any], first: Any, resume: bool) -> None:
         path_of_clients = None
         if self._path is not None:
+            # What draws at the end: if it is missing, say so before the work.
+            from federated import _curves
+
+            self._draw = _curves.plot
             self._path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self._path)
             path_of_clients = self._path / "clients.sqlite"
             self._files = Files(self._path)
             settings = dict(settings, state=types_of(self.state), kept=types_of(first))
@@ -79,12 +86,26 @@ class Records:
     def plot(self) -> None:
         """Draws the curves."""
         if self._path is not None:
-            from federated._curves import plot  # Only here is Matplotlib needed.
-
-            plot(self.rows, self._path / "curves.png")
+            self._draw(self.rows, self._path / "curves.png")
 
     def close(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.close()
         if self.clients is not None:
             self.clients.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _locked(folder: Path) -> sqlite3.Connection:
+    """A lock on a folder until it is closed, or the process ends, however it does."""
+    lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("begin exclusive")
+    except sqlite3.OperationalError as e:
+        lock.close()
+        raise RuntimeError(
+            f"federated.run: another run writes to {folder}. Usually it was started "
+            "twice, or an earlier one still goes on: end that, or name another folder."
+        ) from e
+    return lock

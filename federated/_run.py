@@ -1,6 +1,7 @@
 """Runs an algorithm for many rounds: who takes part, and what is written down."""
 
 import contextlib
+import functools
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +20,14 @@ from federated._simulation import (
     RESERVED,
     Row,
     Simulation,
+    check_arguments,
+    check_enough,
     check_names,
     check_positive,
     checked_seeds,
+    digest,
     evaluated,
+    key_of,
     sampled,
     strong,
 )
@@ -72,9 +77,10 @@ def run(
     """Runs an algorithm for many rounds.
 
     A round samples clients, loses some if there are faults, and calls
-    `algorithm.round` with the others and the key `fold_in(key(seed), round)`. All that
-    is drawn is a function of the seed and the round. A client whose contribution is not
-    finite is refused, and the round is done again without it.
+    `algorithm.round` with the others and the key `fold_in(key(seed), round)`, a
+    threefry key. All that is drawn is a function of the seed and the round. If what is
+    reduced is not finite, the clients whose contributions are not are refused, and the
+    round is done again without them.
 
     The metrics of a round are those of the algorithm and of `evaluate`, and:
 
@@ -89,6 +95,8 @@ def run(
     `checkpoints/` and `clients.sqlite`, what clients keep. A run with the same folder
     goes on from the last checkpoint, and ends with the same state and the same bytes in
     these files as one that was not interrupted, on the same machine and versions.
+    (One that is made longer keeps the evaluation after what was its last round.) A
+    folder is of one run at a time.
 
     Args:
       algorithm: an `Algorithm`.
@@ -106,7 +114,7 @@ def run(
         number of clients, and does not look for what is not finite.
       evaluate: `params -> metrics`, see `evaluate`; or several of them by name, as
         `{"test": fn}`, whose metrics are then named `test/accuracy`. It is called
-        before the first round, after each `eval_every` and after the last one.
+        before the first round, after each `eval_every` and after round `rounds`.
       eval_every: rounds.
       callbacks: functions of the rounds' metrics so far and of the state, called after
         each round. One that returns true ends the run. It is to be a function of its
@@ -120,8 +128,10 @@ def run(
       A `Result`.
 
     Raises:
-      ValueError: if an argument is out of range, or the folder holds another run.
+      ValueError: if an argument is out of range, the folder holds another run, or a
+        round does not keep the types of the state.
       FileExistsError: if the folder has checkpoints, and `resume` is false.
+      RuntimeError: if another run writes to the folder.
 
     Example:
       >>> import jax.numpy as jnp
@@ -143,16 +153,14 @@ def run(
       >>> print(f"{result.params:.2f}")
       2.99
     """
-    _check(algorithm, data, rounds, cohort_size, min_fraction, engine)
-    check_positive(eval_every=eval_every, checkpoint_every=checkpoint_every)
-    (seed,) = checked_seeds("federated.run", [seed])
+    call = "federated.run"
+    check_arguments(call, algorithm, data, rounds, cohort_size)
+    _check(min_fraction, engine)
+    check_positive(call, eval_every=eval_every, checkpoint_every=checkpoint_every)
+    (seed,) = checked_seeds(call, [seed])
     check(faults := faults or Faults(), cohort_size, min_fraction)
     asked, needed = faults.asked(cohort_size), at_least(min_fraction * cohort_size)
-    if asked > len(data):
-        raise ValueError(
-            f"federated.run: {asked} clients are to be asked in a round, but there are "
-            f"{len(data)}."
-        )
+    check_enough(call, asked, data)
     evaluators = evaluate if isinstance(evaluate, Mapping) else {"": evaluate}
     state = jax.tree.map(strong, algorithm.init(params))
     first = None
@@ -161,13 +169,14 @@ def run(
     simulation = Simulation(algorithm, data, engine, first)
     settings = dict(
         round=simulation.check(state, asked, may_lose=faults != Faults()),
-        engine=getattr(engine, "__qualname__", str(engine)),
+        engine=_name(engine),
         data=simulation.digest,
+        start=digest([state, first]),
         seed=seed,
         cohort_size=operator.index(cohort_size),
-        faults=[str(x) for x in faults],
+        faults=[str(float(x)) for x in faults],
         min_fraction=float(min_fraction),
-        sampler=getattr(sampler, "__qualname__", repr(sampler)),
+        sampler=_name(sampler),
         eval_every=operator.index(eval_every),
     )
     with contextlib.ExitStack() as stack:
@@ -184,7 +193,7 @@ def run(
         show = stack.enter_context(progress_bar("Rounds", rounds, progress))
         if not rows:
             found = evaluated(evaluators, algorithm.params(state))
-            check_names("federated.run", found, RESERVED)
+            check_names(call, found, RESERVED)
             rows.append({"round": 0, **found})
             records.save(state)
         show(rows[0])
@@ -195,11 +204,10 @@ def run(
                 break
             clients = sampled(sampler, seed, number, data, asked)
             reports = faults.reports(seed, number, asked, cohort_size)
-            key = jax.random.fold_in(jax.random.key(seed), number)
             state, found, counts = simulation.round(
-                state, clients, reports, key, needed, number
+                state, clients, reports, key_of(seed, number), needed, number
             )
-            check_names("federated.run", found, RESERVED | rows[0].keys())
+            check_names(call, found, RESERVED | rows[0].keys())
             row = {"round": number, **found, **counts}
             if number % eval_every == 0 or number == rounds:
                 row.update(evaluated(evaluators, algorithm.params(state)))
@@ -218,30 +226,16 @@ def _called(callbacks: Sequence[Callback], rows: Sequence[Row], state: Any) -> b
     return True in [bool(callback(rows, state)) for callback in callbacks]
 
 
-def _check(
-    algorithm: Any,
-    data: Any,
-    rounds: int,
-    cohort_size: int,
-    min_fraction: float,
-    engine: Any,
-) -> None:
-    if not isinstance(algorithm, Algorithm):
-        raise TypeError(
-            "federated.run: the first argument is an Algorithm, as federated.fedavg "
-            f"makes one, but got {type(algorithm).__name__}."
-        )
-    for name in ("ids", "num_examples", "__len__", "__getitem__"):
-        if not hasattr(data, name):
-            raise TypeError(
-                "federated.run: data is a ClientData, as federated.from_arrays makes "
-                f"one, but got {type(data).__name__}, which has no {name!r}."
-            )
-    if operator.index(rounds) < 0 or operator.index(cohort_size) < 1:
-        raise ValueError(
-            "federated.run: rounds is 0 at least and cohort_size 1 at least, but got "
-            f"rounds={rounds} and cohort_size={cohort_size}."
-        )
+def _name(what: Any) -> str:
+    """A name that is the same in another process."""
+    if isinstance(what, functools.partial):
+        return f"{_name(what.func)}, {what.args}, {what.keywords}"
+    if isinstance(what, str):
+        return what
+    return getattr(what, "__qualname__", type(what).__qualname__)
+
+
+def _check(min_fraction: float, engine: Any) -> None:
     if not 0 <= min_fraction <= 1:
         raise ValueError(
             f"federated.run: min_fraction is between 0 and 1, but got {min_fraction}."

@@ -97,7 +97,7 @@ def scaffold(
     """
     call = "federated.scaffold"
     check_counts(call, population=population, epochs=epochs, batch_size=batch_size)
-    _check_rate(call, client_learning_rate)
+    _check_rates(call, client_learning_rate, server_learning_rate)
     loss, sgd = checked(call, loss), optax.sgd(client_learning_rate)
 
     def client_init(params):
@@ -151,8 +151,11 @@ def scaffold(
             weights = has_any(batch.count)
             update, metrics = averaged(updates, weights, losses, batch.count)
             step = jax.tree.map(lambda u: -server_learning_rate * u, update)
-            # The mean change times the part of the population that reports.
-            change = jax.tree.map(lambda x: x / population, drjax.reduce_sum(changes))
+            # Of the population has reported:
+            part = drjax.placement_size().astype(float) / population
+            change = jax.tree.map(
+                lambda x: (part * x).astype(x.dtype), drjax.reduce_mean(changes)
+            )
             new_state = State(
                 optax.apply_updates(state.params, step),
                 optax.tree.add(state.control, change),
@@ -164,8 +167,13 @@ def scaffold(
     return Algorithm(init, round, lambda state: state.params, client_init)
 
 
-def _check_rate(call: str, rate: Any) -> None:
+def _check_rates(call: str, rate: Any, server_rate: Any) -> None:
     """Raises an error if a client's control variate cannot be divided by its rate."""
+    if callable(server_rate):
+        raise ValueError(
+            f"{call}: server_learning_rate is a number, but got {server_rate!r}. A "
+            "schedule over rounds is not possible here."
+        )
     is_traced = isinstance(rate, Tracer)
     if callable(rate) or (not is_traced and not np.all(np.asarray(rate) > 0)):
         raise ValueError(

@@ -168,8 +168,11 @@ def self_tuning_fedavg(
                 update, metrics = by_rate(log_rate)
                 grads, by_log_rate = update, None
 
+            def wide(tree):  # Halves do not hold sums over all parameters.
+                return optax.tree.cast(tree, float)
+
             hypergradient = {
-                name: jnp.asarray(optax.tree.vdot(grads, tangent), float)
+                name: optax.tree.vdot(wide(grads), wide(tangent))
                 for name, tangent in state.tangents.items()
             }
             steps, hyper_state = hyper_optimizer.update(

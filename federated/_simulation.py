@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drjax import PlanError, make_plan
+from drjax._numpy import to_numpy
 from federated._algorithm import Algorithm
 from federated._batch import lengths
 from federated._client_states import ClientStates
@@ -46,12 +47,10 @@ class Simulation:
         self.states: ClientStates | None = None
         self._lengths = lengths(data.num_examples, LENGTHS)
         self._element = jax.tree.map(np.array, data[0])
-        fn = algorithm.round
-        self._is_whole = not isinstance(engine, str)
+        self._round = fn = algorithm.round
+        self._is_whole = callable(engine)
         self._engine: Any = (
-            Compiled(fn, engine)
-            if not isinstance(engine, str)
-            else Engine(make_plan(fn))
+            Compiled(fn, engine) if callable(engine) else Engine(make_plan(fn))
         )
         self._communication: tuple[Any, Any] | None = None
 
@@ -62,10 +61,7 @@ class Simulation:
     @property
     def digest(self) -> str:
         """Of how many examples clients have, and of those of the first."""
-        digest = hashlib.sha256(np.asarray(self._data.num_examples, np.int64).tobytes())
-        for x in jax.tree.leaves(self._element):
-            digest.update(f"{x.dtype}{x.shape}".encode() + np.asarray(x).tobytes())
-        return digest.hexdigest()
+        return digest([np.asarray(self._data.num_examples, np.int64), self._element])
 
     def check(self, state: Any, asked: int, may_lose: bool) -> str:
         """Plans a round of so many clients; returns the plan's hash.
@@ -74,12 +70,19 @@ class Simulation:
           ValueError: if the round cannot be run as is wanted.
         """
         clients = np.arange(asked)
-        args = self._arguments(state, clients, jax.random.key(0))
+        args = self._arguments(state, clients, key_of(0, 0))
+        length = int(self._lengths[-1])
         try:
-            plan = self._engine.plan(args, int(self._lengths[-1]))
+            plan = self._engine.plan(args, length)
         except PlanError:
             if not self._is_whole:
                 raise
+            structs = jax.tree.map(
+                lambda x: x.structs(length) if hasattr(x, "structs") else x, args
+            )
+            check_types(
+                "federated.run", state, jax.eval_shape(self._round, *structs)[0]
+            )
             return "no plan"
         sizes = {n for name, n in plan.placements if name == PLACEMENT}
         if sizes != {asked}:
@@ -91,6 +94,9 @@ class Simulation:
             )
         if may_lose and not self._is_whole:
             check_losses(plan)
+        types = [plan.avals[i] for i in plan.outputs]
+        new, *_ = jax.tree.unflatten(plan.out_tree, types)
+        check_types("federated.run", state, new)
         self._communication = plan.communication(PLACEMENT)
         return plan.hash
 
@@ -153,8 +159,23 @@ class Simulation:
         if self.states is not None:
             of_taken = jax.tree.map(lambda x: np.asarray(x)[outcome.rows], new[0])
             self.states.write(number, clients[taken], of_taken)
+        if not isinstance(metrics, Mapping) or not all(
+            isinstance(x, str) for x in metrics
+        ):
+            raise TypeError(
+                "federated.run: the metrics of a round are a dict of numbers by name, "
+                f"but got {metrics!r}."
+            )
         found = {name: _number(name, x) for name, x in metrics.items()}
         return jax.tree.map(strong, state), found, row
+
+
+def digest(tree: Any) -> str:
+    """A SHA-256 of the leaves of a tree."""
+    found = hashlib.sha256()
+    for x in jax.tree.leaves(tree):
+        found.update(f"{x.dtype}{x.shape}".encode() + to_numpy(x).tobytes())
+    return found.hexdigest()
 
 
 def sampled(
@@ -180,6 +201,15 @@ def evaluated(evaluators: Mapping[str, Any], params: Any) -> Row:
     return found
 
 
+def key_of(seed: int, round: int) -> Any:
+    """The key of a round.
+
+    Of one kind, whatever is configured: with keys of the kind `rbg`, what clients draw
+    depends on the engine, on the cohort and on padding.
+    """
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), round)
+
+
 def strong(x: Any) -> Any:
     """An array whose type does not give way, so that it is the same when restored."""
     x = jnp.asarray(x)
@@ -199,6 +229,55 @@ def _number(name: str, x: Any) -> float | int:
 #
 # Checks.
 #
+def check_arguments(
+    call: str, algorithm: Any, data: Any, rounds: int, cohort_size: int
+) -> None:
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(
+            f"{call}: the algorithm is an Algorithm, as federated.fedavg makes one, "
+            f"but got {type(algorithm).__name__}."
+        )
+    for name in ("ids", "num_examples", "__len__", "__getitem__"):
+        if not hasattr(data, name):
+            raise TypeError(
+                f"{call}: data is a ClientData, as federated.from_arrays makes one, "
+                f"but got {type(data).__name__}, which has no {name!r}."
+            )
+    if operator.index(rounds) < 0 or operator.index(cohort_size) < 1:
+        raise ValueError(
+            f"{call}: rounds is 0 at least and cohort_size 1 at least, but got "
+            f"rounds={rounds} and cohort_size={cohort_size}."
+        )
+
+
+def check_enough(call: str, asked: int, data: Any) -> None:
+    if asked > len(data):
+        raise ValueError(
+            f"{call}: {asked} clients are to be asked in a round, but there are "
+            f"{len(data)}."
+        )
+
+
+def check_types(call: str, old: Any, new: Any, what: str = "state") -> None:
+    """Refuses a state that a round gives other types: it could not be restored."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            f"{call}: the {what} that a round gives is {jax.tree.structure(new)}, but "
+            f"it got {jax.tree.structure(old)}: it is to keep its structure."
+        )
+    leaves = jax.tree.leaves_with_path(old)
+    for (path, x), y in zip(leaves, jax.tree.leaves(new), strict=True):
+        types = [(a.dtype, a.shape) for a in (jnp.asarray(x), y)]
+        if types[0] != types[1]:
+            (was, of), (dtype, shape) = types
+            raise ValueError(
+                f"{call}: {jax.tree_util.keystr(path) or 'it'} of the {what} that a "
+                f"round gives is {dtype}{shape}, but it got {was}{of}: it is to keep "
+                "its type. Usually it starts as a number of Python, or is computed "
+                "with one of a wider dtype: convert it."
+            )
+
+
 def check_names(call: str, found: Collection[str], taken: Collection[str]) -> None:
     if twice := sorted({*found} & {*taken}):
         raise ValueError(
@@ -207,10 +286,10 @@ def check_names(call: str, found: Collection[str], taken: Collection[str]) -> No
         )
 
 
-def check_positive(**values: int) -> None:
+def check_positive(call: str, **values: int) -> None:
     for name, value in values.items():
         if operator.index(value) < 1:
-            raise ValueError(f"federated.run: {name} is 1 at least, but got {value}.")
+            raise ValueError(f"{call}: {name} is 1 at least, but got {value}.")
 
 
 def checked_seeds(call: str, seeds: Sequence[int]) -> list[int]:

@@ -13,10 +13,16 @@ from federated._progress import progress_bar
 from federated._sampling import Sampler, uniform
 from federated._simulation import (
     LENGTHS,
+    check_arguments,
+    check_enough,
     check_names,
+    check_positive,
+    check_types,
     checked_seeds,
     evaluated,
+    key_of,
     sampled,
+    strong,
 )
 
 
@@ -70,7 +76,8 @@ def sweep(
       A `Sweep`.
 
     Raises:
-      ValueError: if settings and seeds are not equally many.
+      ValueError: if settings and seeds are not equally many, an argument is out of
+        range, or a round does not keep the types of states.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,6 +102,10 @@ def sweep(
       >>> print([f"{x:.2f}" for x in result.params])
       ['1.23', '3.00']
     """
+    call = "federated.sweep"
+    seeds = checked_seeds(call, [*seeds])
+    if not seeds:
+        raise ValueError(f"{call}: there are no seeds, one for each run.")
     k = len(seeds)
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(settings)}
     if sizes - {(k,)}:
@@ -103,11 +114,14 @@ def sweep(
             f"but some have leading axes {sorted(sizes)}. Repeat the seeds, or the "
             "settings."
         )
-    checked_seeds("federated.sweep", seeds)
+    one = make(_nth(settings, 0))
+    check_arguments(call, one, data, rounds, cohort_size)
+    check_positive(call, eval_every=eval_every)
+    check_enough(call, cohort_size, data)
     num_examples = np.asarray(data.num_examples)
     evaluators = evaluate if isinstance(evaluate, Mapping) else {"": evaluate}
     fits = lengths(num_examples, LENGTHS)
-    is_stateful = make(_nth(settings, 0)).client_init is not None
+    is_stateful = one.client_init is not None
 
     def over_runs(fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn(algorithm, *args)` of each run."""
@@ -119,20 +133,22 @@ def sweep(
         )
 
     def first(algorithm):
-        state = algorithm.init(params)
+        state = jax.tree.map(strong, algorithm.init(params))
         if not is_stateful:
             return state, None
-        kept = algorithm.client_init(params)
+        kept = jax.tree.map(strong, algorithm.client_init(params))
         return state, jax.tree.map(lambda x: jnp.stack([x] * len(data)), kept)
 
     def one_round(algorithm, state, kept, batch, key):
         if not is_stateful:
-            state, metrics = algorithm.round(state, batch, key)
-            return state, None, metrics
-        placed = jax.tree.map(lambda x: x[batch.client], kept)
-        state, placed, metrics = algorithm.round(state, placed, batch, key)
-        kept = jax.tree.map(lambda x, new: x.at[batch.client].set(new), kept, placed)
-        return state, kept, metrics
+            new, metrics = algorithm.round(state, batch, key)
+        else:
+            placed = jax.tree.map(lambda x: x[batch.client], kept)
+            new, after, metrics = algorithm.round(state, placed, batch, key)
+            check_types(call, placed, after, "clients' state")
+            kept = jax.tree.map(lambda x, y: x.at[batch.client].set(y), kept, after)
+        check_types(call, state, new)
+        return jax.tree.map(strong, new), kept, metrics
 
     run_round = over_runs(one_round)
     params_of = over_runs(lambda algorithm, state: algorithm.params(state))
@@ -158,11 +174,11 @@ def sweep(
             length = int(fits[np.searchsorted(fits, most)])
             batches = [batch_of(data, cohort, length) for cohort in cohorts]
             batch = jax.tree.map(lambda *x: np.stack(x), *batches)
-            keys = [jax.random.fold_in(jax.random.key(s), number) for s in seeds]
+            keys = [key_of(s, number) for s in seeds]
             state, kept, found = run_round(
                 settings, state, kept, batch, jnp.stack(keys)
             )
-            check_names("federated.sweep", found, names)
+            check_names(call, found, names)
             note(number, found)
             if number % eval_every == 0 or number == rounds:
                 note(number, evaluate_all())

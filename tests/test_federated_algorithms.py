@@ -671,6 +671,63 @@ def test_hypergradients_equal_their_closed_form():
 
 
 #
+# Halves.
+#
+MANY = federated.from_arrays(np.full(50 * 64, 30, np.float32), np.repeat(range(50), 64))
+
+
+def half_loss(w, x):
+    return (x.astype(w.dtype) - w) ** 2 / 2
+
+
+@pytest.mark.parametrize("name", ["fedsgd", "fedavg", "self_tuning", "scaffold"])
+def test_halves_hold_what_many_clients_send(name):
+    """Sums of 3200 gradients of 30 are beyond float16; means are not."""
+    options: dict[str, Any] = dict(batch_size=64)
+    algorithm = {
+        "fedsgd": lambda: federated.fedsgd(half_loss, optax.sgd(0.1)),
+        "fedavg": lambda: federated.fedavg(half_loss, optax.sgd(0.1), **options),
+        "self_tuning": lambda: federated.self_tuning_fedavg(
+            half_loss,
+            client_learning_rate=0.1,
+            momentum=1e-4,
+            hyper_optimizer=optax.sgd(0.0),
+            **options,
+        ),
+        "scaffold": lambda: federated.scaffold(
+            half_loss, 0.1, population=50, **options
+        ),
+    }[name]()
+    result = federated.run(
+        algorithm,
+        jnp.float16(0),
+        MANY,
+        rounds=2,
+        cohort_size=50,
+        seed=0,
+        progress=False,
+    )
+    assert result.params.dtype == jnp.float16
+    assert abs(float(result.params) - 30 * (1 - 0.9**2)) < 0.05
+    for x in jax.tree.leaves(result.state):
+        assert np.isfinite(np.asarray(x, np.float32)).all()
+
+
+def test_a_traced_mu_keeps_the_type_of_halves():
+    def make(mu):
+        sgd = optax.sgd(0.1, momentum=0.9)
+        return federated.fedprox(half_loss, sgd, mu=mu, batch_size=8)
+
+    mus = jnp.array([0.0, 1.0])
+    options: dict[str, Any] = dict(rounds=2, cohort_size=5, progress=False)
+    start = jnp.bfloat16(0)
+    swept = federated.sweep(make, mus, start, MANY, seeds=[0, 0], **options)
+    for mu, got in zip((0.0, 1.0), swept.params, strict=True):
+        want = federated.run(make(mu), start, MANY, seed=0, **options).params
+        np.testing.assert_allclose(float(got), float(want), rtol=0.02)
+
+
+#
 # Wrong use.
 #
 @EACH

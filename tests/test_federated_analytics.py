@@ -10,8 +10,9 @@ import pytest
 from helpers import assert_close
 
 import drjax
+import federated
 from drjax.plan import MapReduce, Scan
-from federated._analytics import histogram, mean, quantiles
+from federated._analytics import _ranks, histogram, mean, quantiles
 from federated._batch import batch_of
 from federated._data import from_mapping
 from federated._evaluation import evaluate, evaluation
@@ -87,6 +88,39 @@ def test_a_histogram_is_that_of_numpy(edges, batch):
     np.testing.assert_array_equal(got, want)
 
 
+INTEGERS = {
+    "int8": [-128, -127, 0, 126, 127],
+    "uint8": [0, 1, 254, 255],
+    "int32": [-(2**31), -1, 2**24, 2**24 + 1, 2**24 + 2, 2**31 - 1],
+    "uint32": [0, 2**31, 3_000_000_000, 2**32 - 1],
+}
+WIDE_EDGES = {
+    "beyond all of them": [-(2**40), 0, 2**40],
+    "the ends of int32": [-(2**31), 2**31 - 1],
+    "infinite": [-np.inf, 0.5, np.inf],
+    "between": [-127.5, 2**24 + 0.5, 2**24 + 1, 2**31],
+    "above all of them": [2**33, 2**34],
+    "below all of them": [-(2**34), -(2**33)],
+}
+
+
+@pytest.mark.parametrize("edges", WIDE_EDGES.values(), ids=WIDE_EDGES)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_a_histogram_of_integers_is_exact(dtype, edges):
+    values = np.array(INTEGERS[dtype], dtype)
+    batch = batch_of(from_mapping({"ann": values[::2], "bob": values[1::2]}), [0, 1])
+    want, _ = np.histogram(values.astype(object), edges)
+    np.testing.assert_array_equal(jax.jit(histogram(edges))(batch), want)
+
+
+def test_a_mean_of_integers_has_the_digits_of_a_float():
+    with jax.enable_x64(True):
+        batch = batch_of(from_mapping({"ann": [2**24 + 1], "bob": [2**24 + 3]}), [0, 1])
+        got = jax.jit(mean())(batch)
+        assert got.dtype == np.float64
+        assert got == 2**24 + 2
+
+
 def test_programs_stream_as_they_jit():
     def run(params, batch):
         found = quantiles([0.2, 0.5], -9, 9, rounds=6, fn=value)(batch)
@@ -129,6 +163,27 @@ def test_a_quantile_has_the_rank_that_fractions_give(count):
     qs = [k / 100 for k in range(101)]
     got = jax.jit(quantiles(qs, -0.5, count, rounds=12))(batch)
     np.testing.assert_array_equal(np.round(got), [quantile_of(values, q) for q in qs])
+
+
+@pytest.mark.parametrize("total", [2**20 - 1, 10**8, 10**9 + 7, 2**31 - 1])
+def test_a_rank_has_more_digits_than_float32(total):
+    """Of so many examples it would be a hundred off."""
+    qs = np.array([k / 100 for k in range(101)])
+    want = [max(1, -(-Fraction(str(q)) * total // 1)) for q in qs]
+    got = np.asarray(_ranks(qs, jnp.int32(total)), np.int64)
+    assert np.abs(got - np.array(want, np.int64)).max() <= total // 2**29
+    assert got[-1] == total
+    of_floats = np.asarray(_ranks(qs.astype(np.float32), jnp.int32(total)), np.int64)
+    np.testing.assert_array_equal(of_floats, got)
+
+
+def test_the_largest_of_millions_is_found():
+    data = from_mapping(
+        {"ann": np.zeros(5_000_000, np.int8), "bob": np.array([100], np.int8)}
+    )
+    batch = batch_of(data, [0, 1])
+    got = jax.jit(quantiles(1.0, 0, 128, rounds=8))(batch)
+    assert abs(got - 100) <= 0.25
 
 
 def test_values_outside_count_as_the_nearer_bound():
@@ -209,6 +264,27 @@ def test_the_gradient_of_an_evaluation_is_that_on_all_examples():
     assert_close(got, jax.jit(pooled)(PARAMS))
 
 
+def test_a_gradient_does_not_go_through_padding():
+    """Where the metric has none: there it would be zero times infinity."""
+
+    def metrics(p, x):
+        return {"root": jnp.sqrt((p * x) ** 2), "log": jnp.log(p * x)}
+
+    data = from_mapping({"ann": [1.0, 2.0, 3.0], "bob": [4.0]})
+    batch = batch_of(data, [0, 1])
+
+    def loss(p, batch):
+        found = evaluation(metrics)(p, batch)
+        return found["root"] + found["log"]
+
+    def logs(p, batch):
+        return mean(lambda x: jnp.log(p * x))(batch)
+
+    for fn, want in ((loss, 2.5 + 0.5), (logs, 0.5)):  # 10 / 4, and 1 / p.
+        for run in (jax.jit, federated.simulate):
+            assert_close(run(jax.grad(fn))(jnp.float32(2), batch), want)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 15, 1000])
 def test_held_out_examples_are_evaluated_whatever_the_batches(batch_size):
     got = evaluate(metrics_of, DATA, batch_size=batch_size)(PARAMS)
@@ -271,6 +347,18 @@ ERRORS = {
     "bounds in the wrong order": (
         lambda: quantiles(0.5, 1, 0),
         "federated.quantiles: the values are between low and high, but got low 1 and",
+    ),
+    "bounds without a middle": (
+        lambda: quantiles(0.5, -np.inf, 0),
+        "federated.quantiles: the values are between low and high, but got low -inf",
+    ),
+    "no number of rounds": (
+        lambda: quantiles(0.5, 0, 1, rounds=-1),
+        "federated.quantiles: rounds is 0 at least, but got -1",
+    ),
+    "complex metrics": (
+        lambda: evaluate(lambda p, e: {"v": e["v"] * 1j}, DATA)(PARAMS),
+        "federated.evaluate: metrics are real numbers, but 'v' is complex64",
     ),
     "examples that are no values": (
         lambda: histogram([0, 1])(batch_of(DATA, [0])),

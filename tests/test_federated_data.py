@@ -211,6 +211,16 @@ def test_a_file_is_read_where_a_client_is(tmp_path):
     np.testing.assert_array_equal(apart[10][:, -1], [1, 0])
 
 
+def test_rows_of_a_table_are_taken_by_place():
+    """Those of pandas are indexed by label, which a sort or a filter leaves apart."""
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"who": [*"abab"], "x": range(4)}, index=[3, 1, 2, 0])
+    data = federated.from_arrays({"x": table.x, "y": table.x.to_numpy()}, table.who)
+    for i, rows in enumerate(([0, 2], [1, 3])):
+        np.testing.assert_array_equal(data[i]["x"], rows)
+        np.testing.assert_array_equal(data[i]["y"], rows)
+
+
 def test_a_mapping_is_read_when_a_client_is_asked_for():
     class Disk(dict):
         read = 0

@@ -311,6 +311,14 @@ def test_stopping_names_the_metrics_that_there_are():
         stopping_round(stop, rows_of(5))
 
 
+def test_stopping_names_them_also_where_there_is_no_loss():
+    """But not after a round that changed nothing, which has no metrics."""
+    stop = early_stopping("nrom", patience=3)
+    assert not stop([{"round": 0}, {"round": 1, "completed": 0}], None)
+    with pytest.raises(ValueError, match=r"no metric 'nrom'; there are .*norm"):
+        stop([{"round": 0}, {"round": 1, "completed": 1, "norm": 2.0}], None)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [dict(patience=0), dict(patience=1, min_delta=-1), dict(patience=1, mode="best")],
@@ -349,6 +357,12 @@ def test_each_evaluated_metric_has_a_panel(tmp_path):
         plot(rows, tmp_path / "a.png")
         heights.append(imread(tmp_path / "a.png").shape[0])
     assert heights[2] - heights[1] == heights[1] - heights[0] > 0
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    rows = [{"round": 0, "a$\\b$/x$_$": 0.5}, {"round": 1, "a$\\b$/x$_$": 0.7}]
+    plot(rows, tmp_path / "a.png")
+    assert has_color(tmp_path / "a.png", "tab:blue")
 
 
 def test_curves_of_a_run_without_anything_to_draw(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import logging
 import os
 import signal
@@ -117,6 +118,7 @@ def squared(model, examples):
 
 FEDAVG = federated.fedavg(squared, optax.sgd(0.1), optax.sgd(0.5), batch_size=4)
 SCAFFOLD = federated.scaffold(squared, 0.05, population=N, batch_size=4)
+DILOCO = federated.diloco(squared, optax.sgd(0.1), steps=3, batch_size=4)
 
 
 def run(algorithm=FEDAVG, data=None, **options):
@@ -266,6 +268,15 @@ def test_a_sweep_is_the_runs_one_by_one(name):
             assert_close(swept.metrics[metric][i], one.metrics[metric])
 
 
+@pytest.mark.parametrize("algorithm", [FEDAVG, DILOCO], ids=["fedavg", "diloco"])
+def test_what_is_drawn_does_not_depend_on_the_kind_of_keys(algorithm):
+    """Keys of the kind `rbg` draw other numbers for each engine, and for padding."""
+    want = run(algorithm, rounds=2)
+    with jax.default_prng_impl("rbg"):
+        for engine in ("streaming", jax.jit):
+            assert_close(run(algorithm, rounds=2, engine=engine).state, want.state)
+
+
 #
 # Runs that are interrupted.
 #
@@ -405,6 +416,20 @@ def test_early_stopping_ends_a_run_for_good(tmp_path):
         ),
         (dict(faults=federated.Faults(nan=2)), ValueError, "nan is a probability"),
         (
+            dict(faults=federated.Faults(over_selection=float("inf"))),
+            ValueError,
+            "over_selection is not negative, and finite",
+        ),
+        (
+            dict(
+                algorithm=FEDAVG._replace(
+                    round=lambda *args: (FEDAVG.round(*args)[0], [1.0])
+                )
+            ),
+            TypeError,
+            "are a dict of numbers by name",
+        ),
+        (
             dict(sampler=lambda *_: np.zeros(5, int)),
             ValueError,
             "5 distinct clients out of 12",
@@ -464,6 +489,121 @@ def test_a_state_may_hold_keys_empty_arrays_and_halves(tmp_path):
     assert bits(got) == bits(want)
 
 
+def test_a_state_may_have_no_array(tmp_path):
+    def round(state, batch, key):
+        return state, {
+            "mean": federated.mean()(batch._replace(data=batch.data["x"]))[0]
+        }
+
+    algorithm = federated.Algorithm(lambda p: (), round, lambda state: ())
+    want = run(algorithm, rounds=3)
+    run(algorithm, rounds=2, folder=tmp_path)
+    got = run(algorithm, rounds=3, folder=tmp_path)
+    assert_close(got.metrics["mean"], want.metrics["mean"])
+
+
+def changing(state, batch, key):
+    return {"p": state["p"], "rate": state["rate"] * 0.9}, FEDAVG.round(
+        FEDAVG.init(state["p"]), batch, key
+    )[1]
+
+
+@pytest.mark.parametrize("engine", ["streaming", jax.jit], ids=["streaming", "jit"])
+def test_a_round_keeps_the_types_of_the_state(engine):
+    """Or what is restored would not be what there was: here an integer, 0."""
+    algorithm = federated.Algorithm(
+        lambda p: {"p": p, "rate": 1}, changing, lambda state: state["p"]
+    )
+    with pytest.raises(
+        ValueError, match=r"\['rate'\] of the state .* is float32\(\), but it got int32"
+    ):
+        run(algorithm, engine=engine)
+    more = algorithm._replace(init=lambda p: {"p": p, "rate": 1.0, "more": p})
+    with pytest.raises(ValueError, match="it is to keep its structure"):
+        run(more, engine=engine)
+    good = algorithm._replace(init=lambda p: {"p": p, "rate": 1.0})
+    assert_close(run(good, rounds=2, engine=engine).state["rate"], 0.81)
+
+
+def test_a_folder_is_of_one_run_at_a_time(tmp_path):
+    seen = []
+
+    def start_another(rows, state):
+        seen.append(rows[-1]["round"])
+        with pytest.raises(RuntimeError, match="another run writes to"):
+            run(folder=tmp_path)
+
+    run(rounds=2, folder=tmp_path, callbacks=[start_another])
+    assert seen == [1, 2]
+    run(rounds=3, folder=tmp_path)
+
+
+def take_from(first, seed, round, data, size):
+    return np.arange(first, first + size)
+
+
+def test_what_a_run_is_started_with_has_a_name_in_every_process(tmp_path):
+    """A sampler's address in memory has not; what it is given is part of it."""
+    sampler = functools.partial(take_from, 2)
+    run(rounds=2, folder=tmp_path, sampler=sampler)
+    run(rounds=3, folder=tmp_path, sampler=functools.partial(take_from, 2))
+    with pytest.raises(ValueError, match=r"take_from, \(2,\).* there and .*\(3,\)"):
+        run(rounds=4, folder=tmp_path, sampler=functools.partial(take_from, 3))
+
+
+def test_what_draws_is_looked_for_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "federated._curves", raising=False)
+    monkeypatch.delattr(federated, "_curves", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="matplotlib"):
+        run(folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_jit_may_not_be_disabled_for_the_engine():
+    with jax.disable_jit():
+        with pytest.raises(RuntimeError, match=r"jax\.disable_jit forbids"):
+            run(rounds=1)
+        eager = run(rounds=1, engine=lambda round: round)
+    assert_close(eager.state, run(rounds=1).state)
+
+
+#
+# Wrong use of sweeps.
+#
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        (dict(cohort_size=13), ValueError, "13 clients are to be asked.*there are 12"),
+        (dict(cohort_size=0), ValueError, "cohort_size 1 at least"),
+        (dict(rounds=-1), ValueError, "rounds is 0 at least"),
+        (dict(eval_every=0), ValueError, "eval_every is 1 at least"),
+        (dict(seeds=[]), ValueError, "no seeds"),
+        (dict(seeds=[-1, 0]), ValueError, "a seed is between 0"),
+        (dict(seeds=[0]), ValueError, "there are 1 seeds"),
+        (dict(data={"a": 1}), TypeError, "data is a ClientData"),
+    ],
+)
+def test_errors_of_sweeps_say_what_came(options, error, text):
+    given: dict[str, Any] = dict(data=Data(), rounds=2, cohort_size=5, seeds=[0, 1])
+    given.update(options, progress=False)
+    with pytest.raises(error, match=rf"federated.sweep: .*{text}"):
+        federated.sweep(lambda _: FEDAVG, jnp.zeros(2), MODEL, **given)
+
+
+def test_a_sweep_keeps_the_types_of_what_clients_keep():
+    def round(state, kept, batch, key):
+        new, metrics = FEDAVG.round(state, batch, key)
+        return new, kept + 0.5, metrics
+
+    algorithm = FEDAVG._replace(round=round, client_init=lambda p: jnp.int32(0))
+    options: dict[str, Any] = dict(rounds=1, cohort_size=5, progress=False)
+    with pytest.raises(ValueError, match=r"clients' state .* is float32.* got int32"):
+        federated.sweep(
+            lambda _: algorithm, None, MODEL, Data(), seeds=range(2), **options
+        )
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     run(rounds=2, folder=tmp_path)
     before = files_in(tmp_path)
@@ -474,6 +614,17 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         run(faster, rounds=4, folder=tmp_path)
     with pytest.raises(ValueError, match=r"data is '.*' there"):
         run(data=Data(COUNTS[::-1]), rounds=4, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"start is '.*' there"):
+        federated.run(
+            FEDAVG,
+            MODEL + 1,
+            Data(),
+            rounds=4,
+            cohort_size=5,
+            seed=2,
+            folder=tmp_path,
+            progress=False,
+        )
     with pytest.raises(ValueError, match="has a run of 2 rounds"):
         run(rounds=1, folder=tmp_path)
     with pytest.raises(FileExistsError, match="has checkpoints of a run"):

@@ -1,5 +1,6 @@
 """A simulated program is the program, of those clients whose numbers are finite."""
 
+import logging
 import re
 
 import jax
@@ -72,6 +73,45 @@ def test_one_function_takes_any_number_of_clients():
     simulated = federated.simulate(loss)
     for n in (N, 3, N):
         assert_close(simulated(MODEL, DATA[:n]), loss(MODEL, DATA[:n]))
+
+
+def test_a_maximum_may_have_nothing_of_a_client():
+    """Minus infinity is what it has without one; infinity is a client's mistake."""
+
+    @drjax.program(clients=3)
+    def run(x):
+        return drjax.reduce_max(x), drjax.reduce_min(-x), drjax.placement_size()
+
+    low = -jnp.inf
+    x = jnp.array([[1.0, low], [low, low], [3.0, low]])
+    assert_close(federated.simulate(run)(x), jax.jit(run)(x))
+    largest, smallest, size = federated.simulate(run)(x.at[2, 0].set(jnp.inf))
+    assert (largest.tolist(), smallest.tolist(), size) == ([1, low], [-1, -low], 2)
+
+
+def test_a_sum_that_is_too_large_for_its_type_is_told(caplog):
+    @drjax.program(clients=3)
+    def run(x):
+        return drjax.reduce_sum(x)
+
+    with caplog.at_level(logging.WARNING, "federated"):
+        got = federated.simulate(run)(jnp.full(3, 60_000, jnp.float16))
+    assert np.isinf(got)
+    assert "too large for its dtype" in caplog.text
+
+
+def test_numbers_of_python_and_arrays_are_told_apart():
+    """As jit does: a number gives way to the other's type, and an array does not."""
+
+    @drjax.program(clients=2)
+    def run(w, x):
+        return w * drjax.reduce_sum(x)
+
+    simulated, x = federated.simulate(run), jnp.ones(2, jnp.bfloat16)
+    for w in (1.001, jnp.float32(1.001), 1.001):
+        got, want = simulated(w, x), jax.jit(run)(w, x)
+        assert got.dtype == want.dtype
+        assert_close(got, want)
 
 
 #
