@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # pytest processes
 JOBS ?= 2
-# more arguments for the program that demo, test, test-slow, test-all or bench runs
+# more arguments for the program that demo, demo-processes, test, test-slow, test-all,
+# bench, bench-tpu or bench-peers runs
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -16,15 +17,15 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 .PHONY: demo
 demo: $(VENV)/.examples ## train a federated digits model and plot it
-	$(BIN)/python examples/digits_fedavg.py $(ARGS)
+	$(BIN)/python -m examples.digits_fedavg $(ARGS)
 
 .PHONY: demo-processes
 demo-processes: $(VENV)/.examples ## train the same model in two processes
-	$(BIN)/python examples/digits_processes.py $(ARGS)
+	$(BIN)/python -m examples.digits_processes $(ARGS)
 
 .PHONY: flink
 flink: $(VENV)/.dev ## get Flink, and Beam's runner for it, into .flink, by Maven
@@ -79,7 +80,7 @@ format: $(VENV)/.dev ## format, and fix what lint can fix
 	$(BIN)/ruff format
 
 .PHONY: clean
-clean: ## remove what builds and tests leave, environments included
+clean: ## remove what builds and tests leave, and environments; .flink, a download, stays
 	rm -rf .venv .venv-* build dist docs/_build
 	rm -rf .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

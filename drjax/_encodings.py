@@ -52,11 +52,12 @@ class Int8:
     """Values as int8 multiples of a scale, where they are sent: a little over a byte.
 
     Each `block_size` values, in the order of `x.ravel()`, have a float32 scale, a 127th
-    of their largest magnitude. A value between two multiples becomes one of them at
-    random, so that the mean over keys is the value itself. It is off by less than one
-    scale. All that is computed in float32. A block with a value that is not finite
-    becomes NaN. Over a mesh whole blocks are sent; arrays that are so small that
-    float32 is fewer bytes are rounded just so, and sent as float32.
+    of their largest magnitude. Rounding is stochastic and unbiased: a value between two
+    multiples becomes one of them at random, and the mean over keys is the value itself.
+    It is off by less than one scale. All that is computed in float32. A block with a
+    value that is not finite becomes NaN. Over a mesh whole blocks are sent; arrays that
+    are so small that float32 is fewer bytes are rounded the same way, and sent as
+    float32.
 
     Args:
       block_size: how many values have one scale. Fewer are more accurate; a scale adds

@@ -3,7 +3,7 @@
 A round assigns each image to its nearest centroid and moves each centroid to the mean
 of what it got. It is one JAX function of the state, and `beam_runner.iterate` runs it
 until a condition on the state holds. With `--checkpoints`, a run that was interrupted
-goes on from its last round, and ends with the same bits.
+goes on from its last round, to a bitwise identical result.
 """
 
 import argparse

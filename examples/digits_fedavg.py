@@ -171,8 +171,8 @@ def compare_with_finite_differences(state: State, clients: Examples) -> None:
 def compare_engines(fn: Any, *args: Any) -> None:
     """Runs a function on each engine; prints its time, its memory and what differs."""
     compiled = jax.jit(fn).lower(*args).compile()
-    memory: Any = compiled.memory_analysis()
-    temporaries = memory.temp_size_in_bytes / 1e6
+    analysis: Any = compiled.memory_analysis()
+    temporaries = analysis.temp_size_in_bytes / 1e6
     streaming = drjax.streaming(fn)
     explanation = streaming.explain(*args)
     rows = {

@@ -5,8 +5,8 @@ program stays as it is; a mesh over all processes spreads it, and the sums of a 
 are what crosses between them. On machines of their own, start each with the address of
 the first:
 
-    python examples/digits_processes.py --coordinator first:1234 --process 0
-    python examples/digits_processes.py --coordinator first:1234 --process 1
+    python -m examples.digits_processes --coordinator first:1234 --process 0
+    python -m examples.digits_processes --coordinator first:1234 --process 1
 
 Without arguments, it starts both here, and compares them with a single process.
 """
@@ -20,21 +20,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import digits_fedavg as digits
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from examples import digits_fedavg as digits
 
 PROCESSES = 2
 
 
+def make_mesh(share: int) -> Mesh:
+    """As many devices of each process as its share of clients can be split over."""
+    own = max(n for n in range(1, jax.local_device_count() + 1) if share % n == 0)
+    devices = [
+        device
+        for process in range(jax.process_count())
+        for device in jax.local_devices(process_index=process)[:own]
+    ]
+    return jax.make_mesh(
+        (len(devices),), ("clients",), axis_types=(AxisType.Auto,), devices=devices
+    )
+
+
 def train(rounds: int) -> Any:
-    """Trains on all devices of all processes; returns the parameters."""
-    devices = jax.device_count()
-    mesh = jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,))
-    clients, test = digits.load_data(seed=0)
+    """Trains on devices of all processes; returns the parameters."""
     share = digits.CLIENTS // jax.process_count()
+    mesh = make_mesh(share)
+    clients, test = digits.load_data(seed=0)
     first = jax.process_index() * share
     clients = jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(
@@ -71,8 +84,9 @@ def compare(rounds: int) -> None:
         coordinator = f"localhost:{server.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "params.npz"
-        command = [sys.executable, __file__, f"--coordinator={coordinator}"]
-        command += [f"--rounds={rounds}", f"--output={output}"]
+        command = [sys.executable, "-m", "examples.digits_processes"]
+        command += [f"--coordinator={coordinator}", f"--rounds={rounds}"]
+        command += [f"--output={output}"]
         started = [
             subprocess.Popen([*command, f"--process={i}"]) for i in range(PROCESSES)
         ]

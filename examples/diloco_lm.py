@@ -42,6 +42,7 @@ ENCODINGS = {"none": None, "bfloat16": drjax.BFloat16(), "int8": drjax.Int8()}
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
+    help = f"{help} (default: {default})"
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -50,22 +51,22 @@ class Settings:
     """What determines a run, and so what it may go on from."""
 
     mode: str = _option("diloco", "how to train", choices=MODES)
-    model: str = _option("tiny", "its size", choices=[*transformer.CONFIGS])
-    replicas: int = _option(4, "in all pods together")
-    rounds: int = _option(20, "to train for")
-    steps: int = _option(30, "that a replica takes in a round")
-    batch: int = _option(16, "examples of a step of one replica")
-    rate: float = _option(6e-3, "the highest of the inner AdamW")
-    outer_rate: float = _option(0.7, "of the outer SGD")
-    momentum: float = _option(0.5, "of the outer SGD, by Nesterov")
-    fragments: int = _option(3, "streaming: of the layers, sent one at a time")
-    delay: int = _option(5, "streaming: steps until what was sent is back")
-    mixing: float = _option(0.5, "streaming: the part of its own a replica keeps")
-    pods: int = _option(2, "nested: how many")
-    pod_steps: int = _option(10, "nested: steps until a pod averages")
-    encoding: str = _option("none", "of what moves the model", choices=[*ENCODINGS])
-    model_devices: int = _option(1, "so many share a model")
-    seed: int = _option(0, "of the parameters and of what is drawn")
+    model: str = _option("tiny", "size of the model", choices=[*transformer.CONFIGS])
+    replicas: int = _option(4, "number of replicas, in all pods together")
+    rounds: int = _option(20, "number of rounds")
+    steps: int = _option(30, "local steps of a replica in a round")
+    batch: int = _option(16, "examples in a step of one replica")
+    rate: float = _option(6e-3, "peak learning rate of the inner AdamW")
+    outer_rate: float = _option(0.7, "learning rate of the outer SGD")
+    momentum: float = _option(0.5, "Nesterov momentum of the outer SGD")
+    fragments: int = _option(3, "streaming: fragments that the layers are dealt out to")
+    delay: int = _option(5, "streaming: steps from sending to getting new values")
+    mixing: float = _option(0.5, "streaming: weight of a replica's own values")
+    pods: int = _option(2, "nested: number of pods")
+    pod_steps: int = _option(10, "nested: steps from one average in a pod to the next")
+    encoding: str = _option("none", "encoding of what is sent", choices=[*ENCODINGS])
+    model_devices: int = _option(1, "devices that share a model")
+    seed: int = _option(0, "seed of the parameters and of the examples")
 
 
 #
@@ -362,13 +363,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             **field.metadata,
         )
     parser.add_argument("--until", type=int, help="round to stop after, for now")
-    parser.add_argument("--folder", type=Path, default=Path("diloco_lm"))
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("diloco_lm"),
+        help="folder of the run (default: %(default)s)",
+    )
     parser.add_argument(
         "--beside", type=Path, nargs="*", default=[], help="folders of runs to draw too"
     )
     parser.add_argument("--coordinator", help="host:port of the first process")
-    parser.add_argument("--processes", type=int, help="how many there are")
-    parser.add_argument("--process", type=int, help="which of them this is")
+    parser.add_argument("--processes", type=int, help="number of processes")
+    parser.add_argument("--process", type=int, help="number of this process, from 0")
     args = vars(parser.parse_args(argv))
     address = [args.pop(name) for name in ("coordinator", "processes", "process")]
     if address[0]:

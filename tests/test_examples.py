@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -109,10 +110,17 @@ def test_a_mesh_computes_the_same_with_one_sum_over_the_clients(printed):
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does():
-    path = Path(digits_fedavg.__file__).with_name("digits_processes.py")
-    command = [sys.executable, path, "--rounds=3"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+@pytest.mark.parametrize("devices", [1, 8])  # Of a process, which has 25 clients.
+def test_two_processes_compute_what_one_does(devices):
+    command = [sys.executable, "-m", "examples.digits_processes", "--rounds=3"]
+    done = subprocess.run(
+        command,
+        cwd=Path(digits_fedavg.__file__).parents[1],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert "Process 1 of 2" in done.stdout
     difference = re.search(r"Largest difference .*: (\S+)$", done.stdout, re.M)
     assert difference
