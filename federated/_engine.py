@@ -99,7 +99,8 @@ class Engine:
           reporting: int `[m]`, in order; `m` is the number that means divide by.
           lengths_of: int `[n]`, the length of each client's batch.
         """
-        if jax.config.jax_disable_jit:
+        config: Any = jax.config  # Of which type checkers know less.
+        if config.jax_disable_jit:
             raise RuntimeError(
                 "federated: what clients do is compiled, which jax.disable_jit "
                 "forbids. To look into a round, call algorithm.round, or give "
