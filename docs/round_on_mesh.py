@@ -51,7 +51,14 @@ def draw(axes, title, value, down, right):
             Rectangle((x, y), width, height, facecolor=color, edgecolor="white", lw=2)
         )
         label = " ".join(map(str, devices))
-        axes.text(x + width / 2, y + height / 2, label, ha="center", va="center")
+        axes.text(
+            x + width / 2,
+            y + height / 2,
+            label,
+            ha="center",
+            va="center",
+            color="white" if sum(color[:3]) < 1.6 else "black",
+        )
     shape = ", ".join(map(str, value.shape))
     spec = ", ".join(str(axis) for axis in value.sharding.spec)
     axes.set_title(f"{title}\n[{shape}]", fontsize=10)

@@ -293,6 +293,9 @@ def draw(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
     axes.fill_between(x, mean - half, mean + half, **band)
 
 
+RATE_TICKS = {"client": (0.01, 0.03, 0.1, 0.3, 1), "server": (0.5, 1, 2, 5)}
+
+
 def plot(
     path: str,
     best: Rates,
@@ -302,8 +305,9 @@ def plot(
     rounds: int,
     megabytes: Mapping[str, float],
 ) -> None:
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    (by_round, by_bytes, others, starts), learned_rates = figure.subplots(2, 4)
+    figure = Figure(figsize=(8, 12), layout="constrained")
+    panels = figure.subplots(4, 2).flatten()
+    (by_round, by_bytes, others, starts), learned_rates = panels[:4], panels[4:]
     number = np.arange(1, rounds + 1)
     black: Any = dict(color="black", lw=1.2)
     colors = {
@@ -321,8 +325,10 @@ def plot(
         sent = megabytes[way] * np.arange(1, accuracies.shape[1] + 1)
         within = sent <= megabytes["nothing"] * rounds
         draw(by_bytes, sent[within], accuracies[:, within], color=color)
-    by_round.set(title="From the default start", xlabel="round")
-    by_bytes.set(title="The same", xlabel="MB to and from a client")
+    by_round.set(title="From the default start, by rounds", xlabel="round")
+    by_bytes.set(
+        title="From the default start, by bytes", xlabel="MB to and from a client"
+    )
     by_round.legend(frameon=False, loc="lower right")
 
     draw(others, number, tuned.accuracy[:, :rounds], **black)
@@ -332,21 +338,23 @@ def plot(
         for way, line in ("nothing", ":"), ("all three", "-"):
             accuracies = runs[start, way].accuracy[:, :rounds]
             draw(others, number, accuracies, color=of_start[start], ls=line)
-    others.set(title="From others; dotted: fixed", xlabel="round")
+    others.set(title="From other starts; dotted: not learned", xlabel="round")
 
     means = {way: accuracies.mean((1, 2)) for way, accuracies in grid.items()}
     for way in "server's two", "all three":
-        starts.plot(means["nothing"], means[way], ".", color=colors[way], alpha=0.6)
+        style: Any = dict(color=colors[way], alpha=0.6, label=f"learns {way}")
+        starts.plot(means["nothing"], means[way], ".", **style)
     starts.plot([0, 1], [0, 1], color="tab:gray", lw=0.8)
     starts.axhline(means["nothing"].max(), **black)
     low = min(x.min() for x in means.values()) - 0.02
     starts.set(
         title=f"Mean accuracy from {len(GRID)} starts",
-        xlabel="fixed there",
-        ylabel="learned from there",
+        xlabel="not learned",
+        ylabel="learned",
         xlim=(low, 0.9),
         ylim=(low, 0.9),
     )
+    starts.legend(frameon=False, loc="lower right")
     starts.xaxis.set_major_formatter(PercentFormatter(1))
     for axes in by_round, by_bytes, others, starts:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -364,6 +372,8 @@ def plot(
         axes.set_xlabel("round")
         if name != "momentum":
             axes.set_yscale("log")
+            axes.minorticks_off()
+            axes.set_yticks(ticks := RATE_TICKS[name], [f"{x:g}" for x in ticks])
     learned_rates[-1].axis("off")
     handles = learned_rates[0].get_legend_handles_labels()
     learned_rates[-1].legend(*handles, frameon=False, loc="upper left")

@@ -34,8 +34,9 @@ def fedsgd(
     """Makes federated SGD: each client gives the gradient of all its examples.
 
     A client is sent the parameters, and sends back a gradient, of their size, and three
-    numbers at most. The metrics are `loss`, the mean over the examples, and
-    `update_norm`, the norm of the mean gradient.
+    numbers at most; both are float32 if the parameters are halves. The metrics are
+    `loss`, the mean over the examples, and `update_norm`, the norm of the mean
+    gradient.
 
     Args:
       loss: `(params, examples) -> [batch]`, the loss of each example, where the leaves

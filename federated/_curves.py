@@ -93,13 +93,17 @@ def _draw_metric(
     drawn = [c for c in columns if PERCENTILE.sub("", c) in curves.values()]
     is_part = "accuracy" in metric and not any((columns[c] > 1).any() for c in drawn)
     unit = ".1%" if is_part else ".3g"
-    for (label, name), color in zip(curves.items(), itertools.cycle(EVALUATION)):
+    # The first ones are wider: curves that are on each other are all seen.
+    widths = [1.5 * (k + 1) for k in reversed(range(len(curves)))]
+    for (label, name), color, width in zip(
+        curves.items(), itertools.cycle(EVALUATION), widths, strict=False
+    ):
         color = TRAINING if label == "training" else color
         if name in columns:
             at, y = _points(x, columns[name])
             marker = "o" if len(at) <= 40 else None
             end = f"{_plain(label)}, {last[name]:{unit}} in the end"
-            axes.plot(at, y, color=color, marker=marker, ms=3, label=end)
+            axes.plot(at, y, color=color, lw=width, marker=marker, ms=3, label=end)
         ends = [c.removeprefix(f"{name} p") for c in drawn]
         percentiles = sorted(int(p) for p in ends if p.isdecimal())
         while len(percentiles) > 1:
@@ -107,13 +111,14 @@ def _draw_metric(
             pair = [columns[f"{name} p{p}"] for p in (low, high)]
             at, bottom, top = _points(x, *pair)
             band = f"{_plain(label)}, p{low} to p{high} of clients"
+            if len(percentiles) == 1:
+                band += f", dashed p{percentiles[0]}"
             axes.fill_between(
                 at, bottom, top, color=color, alpha=0.15, lw=0, label=band
             )
         for p in percentiles:
             at, y = _points(x, columns[f"{name} p{p}"])
-            middle = f"{_plain(label)}, p{p} of clients"
-            axes.plot(at, y, "--", color=color, lw=1, label=middle)
+            axes.plot(at, y, "--", color=color, lw=1)
     if is_part:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -171,7 +171,7 @@ def run(
         round=simulation.check(state, asked, may_lose=faults != Faults()),
         engine=_name(engine),
         data=simulation.digest,
-        start=digest([state, first]),
+        start=digest([state, first]) if folder is not None else "",
         seed=seed,
         cohort_size=operator.index(cohort_size),
         faults=[str(float(x)) for x in faults],

@@ -145,10 +145,12 @@ def sweep(
         else:
             placed = jax.tree.map(lambda x: x[batch.client], kept)
             new, after, metrics = algorithm.round(state, placed, batch, key)
+            after = jax.tree.map(strong, after)
             check_types(call, placed, after, "clients' state")
             kept = jax.tree.map(lambda x, y: x.at[batch.client].set(y), kept, after)
+        new = jax.tree.map(strong, new)
         check_types(call, state, new)
-        return jax.tree.map(strong, new), kept, metrics
+        return new, kept, metrics
 
     run_round = over_runs(one_round)
     params_of = over_runs(lambda algorithm, state: algorithm.params(state))
