@@ -114,23 +114,11 @@ class ClientWork:
         return [lax.dynamic_slice_in_dim(x, low, size) for x in block]
 
     def _which_are_finite(self, low, server, block):
-        """Of each client in a chunk, whether all that it sends is finite.
-
-        Or for a maximum minus infinity, and for a minimum infinity: nothing, there.
-        """
-        nothing = {"max": -jnp.inf, "min": jnp.inf}
+        """Of each client in a chunk, whether all that it sends is finite."""
 
         def is_finite(own):
             outs = as_fun(self._body)(own[0], *server, *own[1:])
-            found = []
-            sent = map(jnp.asarray, outs[: len(self.operations)])
-            for operation, x in zip(self.operations, sent, strict=True):
-                if jnp.issubdtype(x.dtype, jnp.inexact):
-                    is_good = jnp.isfinite(x)
-                    if operation in nothing:
-                        is_good |= x == nothing[operation]
-                    found.append(is_good.all())
-            return jnp.array(found).all()
+            return are_finite(self.operations, outs[: len(self.operations)])
 
         rows = self._chunk(block, low)
         if self.chunks.size == 1:
@@ -154,6 +142,24 @@ class ClientWork:
                 total = accumulators.merge(operation, total, other)
             results.append(accumulators.finish(total).astype(aval.dtype))
         return results
+
+
+def are_finite(operations: Sequence[str], values: Sequence[Any]) -> Any:
+    """Whether all that is reduced by these operations is finite.
+
+    Minus infinity is nothing to a maximum, and infinity nothing to a minimum.
+    """
+    found = []
+    for operation, x in zip(operations, map(jnp.asarray, values), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            if operation == "max":
+                is_good = x < jnp.inf
+            elif operation == "min":
+                is_good = x > -jnp.inf
+            else:
+                is_good = jnp.isfinite(x)
+            found.append(is_good.all())
+    return jnp.array(found).all()
 
 
 class Clients(NamedTuple):

@@ -6,7 +6,6 @@ those with many run with batches of different lengths: the function is planned f
 length, the plans have the same stages, and all that these reduce goes into one total.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from drjax._jaxprs import as_fun
 from drjax._numpy import to_numpy
 from drjax._reference import as_array, interpret
 from drjax.plan import MapReduce, Plan, Server, plans_in, reads_of
-from federated._clients import Call, Clients, ClientWork
+from federated._clients import Call, Clients, ClientWork, are_finite
 from federated._cohort import Row
 
 PLACEMENT = "clients"
@@ -147,16 +146,15 @@ class Engine:
                 of_stage = [of_stage[0]._replace(positions=everyone)]
             call = Call(of_stage, inner, stage, env)
             reduced, placed = call.run()
-            if stage.placement == PLACEMENT and not _are_finite(reduced):
+            operations = tuple(operation for operation, _ in stage.reductions)
+            if stage.placement == PLACEMENT and not _are_finite(operations, reduced):
                 bad = call.not_finite()
                 if len(bad):
                     raise Lost(bad)
-                is_sum = [operation == "sum" for operation, _ in stage.reductions]
-                if not _are_finite([*itertools.compress(reduced, is_sum)]):
-                    _log.warning(
-                        "federated: a sum over clients is not finite, though all that "
-                        "they have sent is: it is too large for its dtype."
-                    )
+                _log.warning(
+                    "federated: what is reduced over clients is not finite, though all "
+                    "that they have sent is: it is too large for its dtype."
+                )
             numbers = [*(i for _, i in stage.reductions), *stage.placed_outputs]
             env.update(zip(numbers, [*reduced, *placed], strict=True))
 
@@ -328,11 +326,4 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or to_numpy(a).tobytes() == to_numpy(b).tobytes()
 
 
-@jax.jit
-def _finite(values: Sequence[Any]) -> Any:
-    floats = [x for x in values if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
-
-
-def _are_finite(values: Sequence[Any]) -> bool:
-    return bool(_finite([*values]))
+_are_finite = jax.jit(are_finite, static_argnums=0)
