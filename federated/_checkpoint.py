@@ -1,12 +1,13 @@
 """What a run needs to go on: the algorithm's state and the rows of its metrics."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from drjax._numpy import from_numpy
+from drjax._numpy import from_numpy, to_numpy
 
 _KEPT = 2
 
@@ -90,6 +91,14 @@ def types_of(state: Any) -> str:
     """The types of a state's leaves, in words."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return ", ".join(f"{jax.tree_util.keystr(p)} {x.dtype}{x.shape}" for p, x in leaves)
+
+
+def digest(tree: Any) -> str:
+    """A SHA-256 of the leaves of a tree."""
+    found = hashlib.sha256()
+    for x in jax.tree.leaves(tree):
+        found.update(f"{x.dtype}{x.shape}".encode() + to_numpy(x).tobytes())
+    return found.hexdigest()
 
 
 def _is_key(x: Any) -> bool:

@@ -77,9 +77,7 @@ class Engine:
 
     def plan(self, args: Sequence[Any], length: int = 0) -> Plan:
         """The plan for arguments, the placed ones padded to a length."""
-        structs = jax.tree.map(
-            lambda x: x.structs(length) if _is_read(x) else x, [*args]
-        )
+        structs = structs_of(args, length)
         leaves, tree = jax.tree.flatten(structs)
         x64 = jax.config.read("jax_enable_x64")
         types = (dtypes.result_type(x, return_weak_type_flag=True) for x in leaves)
@@ -247,6 +245,11 @@ def check_losses(plan: Plan) -> None:
             "report, and fold batch.client into a key. With engine=jax.jit the round "
             "is compiled again for each number."
         )
+
+
+def structs_of(args: Sequence[Any], length: int) -> list[Any]:
+    """Arguments with the types of what is read, padded to a length."""
+    return jax.tree.map(lambda x: x.structs(length) if _is_read(x) else x, [*args])
 
 
 class Group(NamedTuple):

@@ -5,7 +5,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from federated._checkpoint import Checkpoints, types_of
+from federated._checkpoint import Checkpoints, digest, types_of
 from federated._client_states import ClientStates
 from federated._metrics import Files
 
@@ -51,7 +51,12 @@ class Records:
             self._lock = _locked(self._path)
             path_of_clients = self._path / "clients.sqlite"
             self._files = Files(self._path)
-            settings = dict(settings, state=types_of(self.state), kept=types_of(first))
+            settings = dict(
+                settings,
+                state=types_of(self.state),
+                kept=types_of(first),
+                start=digest([self.state, first]),
+            )
             checkpoints = Checkpoints(self._path / "checkpoints", settings)
             self._checkpoints = checkpoints
             if checkpoints.rounds:

@@ -1,6 +1,5 @@
 """One round: what the sampled clients of some data do in an algorithm."""
 
-import hashlib
 import logging
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from drjax import PlanError, make_plan
-from drjax._numpy import to_numpy
 from federated._algorithm import Algorithm
 from federated._batch import lengths
+from federated._checkpoint import digest
 from federated._client_states import ClientStates
 from federated._cohort import Cohort, States
-from federated._engine import PLACEMENT, Compiled, Engine, check_losses
+from federated._engine import (
+    PLACEMENT,
+    Compiled,
+    Engine,
+    check_losses,
+    structs_of,
+)
 from federated._sampling import Sampler
 
 Row = dict[str, Any]
@@ -77,12 +82,8 @@ class Simulation:
         except PlanError:
             if not self._is_whole:
                 raise
-            structs = jax.tree.map(
-                lambda x: x.structs(length) if hasattr(x, "structs") else x, args
-            )
-            check_types(
-                "federated.run", state, jax.eval_shape(self._round, *structs)[0]
-            )
+            new, *_ = jax.eval_shape(self._round, *structs_of(args, length))
+            check_types("federated.run", state, new)
             return "no plan"
         sizes = {n for name, n in plan.placements if name == PLACEMENT}
         if sizes != {asked}:
@@ -168,14 +169,6 @@ class Simulation:
             )
         found = {name: _number(name, x) for name, x in metrics.items()}
         return jax.tree.map(strong, state), found, row
-
-
-def digest(tree: Any) -> str:
-    """A SHA-256 of the leaves of a tree."""
-    found = hashlib.sha256()
-    for x in jax.tree.leaves(tree):
-        found.update(f"{x.dtype}{x.shape}".encode() + to_numpy(x).tobytes())
-    return found.hexdigest()
 
 
 def sampled(

@@ -614,17 +614,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         run(faster, rounds=4, folder=tmp_path)
     with pytest.raises(ValueError, match=r"data is '.*' there"):
         run(data=Data(COUNTS[::-1]), rounds=4, folder=tmp_path)
+    other = FEDAVG._replace(init=lambda params: FEDAVG.init(params + 1))
     with pytest.raises(ValueError, match=r"start is '.*' there"):
-        federated.run(
-            FEDAVG,
-            MODEL + 1,
-            Data(),
-            rounds=4,
-            cohort_size=5,
-            seed=2,
-            folder=tmp_path,
-            progress=False,
-        )
+        run(other, rounds=4, folder=tmp_path)
     with pytest.raises(ValueError, match="has a run of 2 rounds"):
         run(rounds=1, folder=tmp_path)
     with pytest.raises(FileExistsError, match="has checkpoints of a run"):
